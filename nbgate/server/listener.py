@@ -1,0 +1,185 @@
+"""The server as a whole: sockets, the ticker, drain.
+
+What lives here: `Server`, what all its connections share. What must not: the
+state of one connection. Heat: K, and once a tick.
+
+Law: time is looked at once a tick (`now`, coarse to `tick_s`) for every
+connection, so no connection owns a timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import logging
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from .protocol import HttpProtocol
+from .settings import Settings, Stats
+from .splice import Splice
+from .waiter import Waiter
+
+__all__ = ["Server", "Settings", "Stats"]
+
+logger = logging.getLogger("nbgate.server")
+
+App = Callable[..., Any]
+
+
+class Server:
+    """Serve one ASGI app on any number of listening sockets."""
+
+    def __init__(self, app: App, settings: Settings | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.app = app
+        self.settings = settings or Settings()
+        self.eager = bool(getattr(app, "nbgate_eager", False))
+        self.stats = Stats()
+        self.draining = False
+        self.overloaded = False  # set from outside: new requests get no keep-alive
+        self.connections: set[HttpProtocol] = set()
+        self.splices: set[Splice] = set()
+        self.now = clock()
+        self.date_line = _date_line()
+        self.loop: asyncio.AbstractEventLoop
+        self._clock = clock
+        self._servers: list[asyncio.AbstractServer] = []
+        self._ticker: asyncio.TimerHandle | None = None
+        self._empty: Waiter | None = None
+        self._addresses: dict[str, int] = {}
+        self._lifespan = Lifespan(app)
+
+    async def start(self, socks: list[socket.socket]) -> None:
+        """Start the app, then accept. Raises: RuntimeError if the app will not."""
+        self.loop = asyncio.get_running_loop()
+        await self._lifespan.startup()
+        self._tick()
+        for sock in socks:
+            self._servers.append(await self.loop.create_server(lambda: HttpProtocol(self), sock=sock, backlog=4096))
+
+    def stop_accepting(self) -> None:
+        """Close the listening sockets of this process."""
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+
+    async def drain(self, plain_s: float, streams_s: float) -> None:
+        """Let answers end: plain ones `plain_s`, streams `streams_s`."""
+        self.draining = True
+        self.stop_accepting()
+        for protocol in tuple(self.connections):
+            protocol.drain()
+        start = self._clock()
+        await self._until_empty(start + plain_s, streams=False)
+        for protocol in tuple(self.connections):
+            if protocol.cycle is None or protocol.cycle.splice is None:
+                protocol.cut()
+        await self._until_empty(start + streams_s, streams=True)
+        for splice in tuple(self.splices):
+            splice.drain()
+        await self._until_empty(self._clock() + 1.0, streams=True)
+        for protocol in tuple(self.connections):
+            protocol.cut()
+
+    async def _until_empty(self, until: float, streams: bool) -> None:
+        """Sleep until nothing is left, or `until`; streams may be left to wait."""
+        while self.connections and self._clock() < until:
+            if not streams and all(p.cycle is not None and p.cycle.splice is not None for p in self.connections):
+                return
+            await asyncio.sleep(0.02)
+
+    async def stop(self) -> None:
+        """End every connection and the app."""
+        self.stop_accepting()
+        if self._ticker is not None:
+            self._ticker.cancel()
+        for protocol in tuple(self.connections):
+            protocol.cut()
+        while self.connections:
+            await asyncio.sleep(0)
+        await self._lifespan.shutdown()
+
+    # connections
+
+    def admit(self, protocol: HttpProtocol) -> bool:
+        """Count a new connection; False past a bound."""
+        stats, settings = self.stats, self.settings
+        stats.accepted += 1
+        self.connections.add(protocol)
+        stats.connections = held = len(self.connections)
+        refused = held > settings.max_connections
+        if settings.max_connections_per_address and protocol.peer is not None:
+            address = protocol.peer[0]
+            count = self._addresses[address] = self._addresses.get(address, 0) + 1
+            refused = refused or count > settings.max_connections_per_address
+        if refused:
+            stats.refused += 1
+        return not refused
+
+    def forget(self, protocol: HttpProtocol) -> None:
+        """A connection is gone."""
+        self.connections.discard(protocol)
+        self.stats.connections = len(self.connections)
+        if self._addresses and protocol.peer is not None:
+            address = protocol.peer[0]
+            left = self._addresses.get(address, 0) - 1
+            if left > 0:
+                self._addresses[address] = left
+            else:
+                self._addresses.pop(address, None)
+
+    def _tick(self) -> None:
+        """Move the clock, look at every deadline, feed silent streams."""
+        self.now = now = self._clock()
+        self.date_line = _date_line()
+        settings = self.settings
+        # Envoy's scaled timeouts: idle connections go first when the bound comes near.
+        crowded = len(self.connections) > 0.85 * settings.max_connections
+        for protocol in tuple(self.connections):
+            protocol.tick(now, crowded)
+        for splice in tuple(self.splices):
+            splice.tick(settings.tick_s, settings.stream_keepalive_s)
+        self._ticker = self.loop.call_later(settings.tick_s, self._tick)
+
+
+class Lifespan:
+    """Run the app's lifespan, if it has one."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._task: asyncio.Task[None] | None = None
+        self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._supported = True
+
+    async def _run(self) -> None:
+        scope: dict[str, Any] = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": {}}
+        receive: Callable[[], Awaitable[dict[str, Any]]] = self._inbox.get
+        try:
+            await self._app(scope, receive, self._outbox.put)
+        except Exception:
+            logger.debug("app without lifespan", exc_info=True)
+        self._supported = False
+        await self._outbox.put({"type": "lifespan.none"})
+
+    async def startup(self) -> None:
+        """Send startup; an app that knows no lifespan is fine."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        await self._inbox.put({"type": "lifespan.startup"})
+        message = await self._outbox.get()
+        if message["type"] == "lifespan.startup.failed":
+            raise RuntimeError(f"the app failed to start: {message.get('message', '')}")
+
+    async def shutdown(self) -> None:
+        """Send shutdown and wait for the app."""
+        if self._task is None or not self._supported:
+            return
+        await self._inbox.put({"type": "lifespan.shutdown"})
+        await self._outbox.get()
+        await self._task
+
+
+def _date_line() -> bytes:
+    return b"date: %b\r\n" % email.utils.formatdate(usegmt=True).encode()

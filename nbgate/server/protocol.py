@@ -1,0 +1,441 @@
+"""One client connection: bytes in, cycles in order.
+
+Rule 1: one request is read at a time; what follows it stays unparsed, up to a
+bound, until its answer is out.
+Rule 2: reading goes on while an answer is under way, since a paused uvloop
+transport reports neither FIN nor RST.
+Rule 3: a message that breaks the grammar ends the connection.
+
+What lives here: the state of a connection, grouped by lifetime. What must not:
+grammar (`wire`, `head`), ASGI (`cycle`). Heat: K, R.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, cast
+
+from .cycle import Cycle
+from .head import RequestHead
+from .waiter import Waiter
+from .wire import ChunkedBody, LengthBody, WireError, bad, status_line
+
+if TYPE_CHECKING:
+    from .listener import Server
+
+_NEVER = float("inf")
+_MAX_LEADING_CRLF = 8  # RFC 9112 2.2: at least one empty line before the request line is ignored
+
+
+class HttpProtocol(asyncio.Protocol):
+    """Serve one connection."""
+
+    __slots__ = (
+        "_advancing",
+        "_body_at",
+        "_body_bytes",
+        "_drain_waiter",
+        "_fed",
+        "_head",
+        "_held",
+        "_lingered",
+        "_pending",
+        "_requests",
+        "_stall_at",
+        "_stall_size",
+        "body",
+        "closing",
+        "cycle",
+        "deadline",
+        "paused",
+        "peer",
+        "reading_paused",
+        "server",
+        "settings",
+        "sockname",
+        "transport",
+    )
+
+    def __init__(self, server: Server) -> None:
+        # process
+        self.server = server
+        self.settings = server.settings
+        # connection
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self.peer: tuple[str, int] | None = None
+        self.sockname: tuple[str, int | None] | None = None
+        self.deadline = _NEVER
+        self.paused = False
+        self.reading_paused = False
+        self.closing = False
+        self._lingered = 0
+        self._requests = 0
+        self._stall_at = 0.0
+        self._stall_size = 0
+        self._drain_waiter: Waiter | None = None
+        self._advancing = False
+        self._pending = b""
+        # request
+        self._head: RequestHead | None = None
+        self._held: bytearray | None = None
+        self._fed = 0
+        self.body: LengthBody | ChunkedBody | None = None
+        self._body_at = 0.0
+        self._body_bytes = 0
+        self.cycle: Cycle | None = None
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport = cast(asyncio.Transport, transport)
+        server = self.server
+        peer = transport.get_extra_info("peername")
+        if isinstance(peer, tuple):
+            self.peer = (peer[0], peer[1])
+        sockname = transport.get_extra_info("sockname")
+        self.sockname = (sockname[0], sockname[1]) if isinstance(sockname, tuple) else (str(sockname or ""), None)
+        self.deadline = server.now + self.settings.head_timeout_s
+        if not server.admit(self):
+            self.reject(503, "service_unavailable", "Too many connections. Please retry shortly.")
+            return
+        transport.set_write_buffer_limits(high=self.settings.write_high_bytes)
+
+    def data_received(self, data: bytes) -> None:
+        if self.closing:
+            self._linger(data)
+        elif self.cycle is None:
+            self._advance(data)
+        elif self.body is not None:
+            self._read_body(data)
+        else:
+            self._pipelined(data)
+
+    def eof_received(self) -> None:
+        self._gone()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closing = True
+        self.server.forget(self)
+        self._gone()
+
+    def pause_writing(self) -> None:
+        self.paused = True
+        self._stall_at = self.server.now
+        self._stall_size = self.transport.get_write_buffer_size()
+        cycle = self.cycle
+        if cycle is not None and cycle.splice is not None:
+            cycle.splice.source.pause()
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        waiter, self._drain_waiter = self._drain_waiter, None
+        if waiter is not None:
+            waiter.wake()
+        cycle = self.cycle
+        if cycle is not None and cycle.splice is not None:
+            cycle.splice.source.resume()
+
+    # requests
+
+    def _advance(self, data: bytes) -> None:
+        """Read requests one after the other, as long as answers keep up."""
+        self._advancing = True
+        try:
+            while data and self.cycle is None and not self.closing:
+                data = self._read_head(data)
+        except WireError as exc:
+            self._broken(exc)
+            data = b""
+        finally:
+            self._advancing = False
+        if data:
+            self._pipelined(data)
+
+    def _pipelined(self, data: bytes) -> None:
+        if self.closing:
+            return
+        self._pending = self._pending + data if self._pending else data
+        if len(self._pending) > self.settings.pipelined_bytes and self.cycle is not None:
+            # NOTE: what was read in one go with the request counts too; it stays for after the answer.
+            self.cycle.keep_alive = False
+            self._pending = b""
+
+    def _read_head(self, data: bytes) -> bytes:
+        """Read a head, and start its cycle when it is whole; return the rest."""
+        if self._head is None:
+            if data[0] in b"\r\n":
+                data = self._skip_empty_lines(data)
+            end = data.find(b"\r\n\r\n") + 4
+            if end < 4:
+                if data:
+                    self._head = RequestHead()
+                    self._held = bytearray()
+                    self._fed = 0
+                    self.deadline = self.server.now + self.settings.head_timeout_s
+                    return self._read_partial(data)
+                return b""
+            head = RequestHead()
+            if end > self.settings.max_line_bytes:
+                self._check_sizes(data[:end])
+            head.feed(data[:end])
+            return self._begin(head, data[end:])
+        return self._read_partial(data)
+
+    def _skip_empty_lines(self, data: bytes) -> bytes:
+        rest = data.lstrip(b"\r\n")
+        skipped = data[: len(data) - len(rest)]
+        if skipped == b"\r" and not rest:
+            return data  # an empty line that was cut; the head reader holds it
+        if skipped.replace(b"\r\n", b"") or len(skipped) > 2 * _MAX_LEADING_CRLF:
+            raise bad("malformed request line")
+        return rest
+
+    def _read_partial(self, data: bytes) -> bytes:
+        """Go on with a head that came in pieces."""
+        head, held = self._head, self._held
+        assert head is not None and held is not None
+        known = len(held)
+        held += data
+        end = held.find(b"\r\n\r\n", max(0, known - 3)) + 4
+        if end == 4 or (end > 4 and held[:2] == b"\r\n"):  # empty lines before the head, cut in two
+            raise bad("malformed request line")
+        if end > 4:
+            self._check_sizes(held[:end])
+            head.feed(bytes(held[known:end]))
+            self._head = self._held = None
+            return self._begin(head, bytes(held[end:]))
+        self._check_sizes(held)
+        head.feed(data)
+        if head.complete:
+            raise bad("malformed request head")
+        return b""
+
+    def _check_sizes(self, head: bytes | bytearray) -> None:
+        bound = self.settings.max_line_bytes
+        if len(head) <= bound:
+            return
+        lines = head.split(b"\r\n")
+        if len(lines[0]) > bound:
+            raise WireError(414, "uri_too_long", f"request line exceeds {bound} bytes")
+        if len(head) > self.settings.max_head_bytes or max(map(len, lines)) > bound:
+            raise WireError(431, "request_header_fields_too_large", "request header fields too large")
+
+    def _begin(self, head: RequestHead, rest: bytes) -> bytes:
+        """Make the cycle of a whole head; return what belongs to the next one."""
+        settings = self.settings
+        head.finish(settings.max_headers)
+        self._requests += 1
+        server = self.server
+        server.stats.requests += 1
+        length = head.length
+        if length > settings.max_body_bytes:
+            raise WireError(413, "request_too_large", f"request body exceeds {settings.max_body_bytes} bytes")
+        cycle = Cycle(self, head)
+        self.cycle = cycle
+        server.stats.active_requests += 1
+        self.deadline = _NEVER
+        if length == 0:
+            cycle.body_done = True
+            cycle.start()
+            return rest
+        if 0 < length <= len(rest):
+            cycle.push(rest[:length], True)
+            rest = rest[length:]
+            cycle.start()
+            return rest
+        self.body = LengthBody(length) if length > 0 else ChunkedBody(settings.max_body_bytes)
+        self._body_at = server.now
+        self._body_bytes = 0
+        self.deadline = server.now + settings.body_timeout_s
+        if head.expects_continue or length > settings.eager_body_bytes:
+            cycle.start()
+        return self._read_body(rest) if rest else b""
+
+    def _read_body(self, data: bytes) -> bytes:
+        """Feed the body under way; keeps what follows it."""
+        body, cycle = self.body, self.cycle
+        assert body is not None and cycle is not None
+        try:
+            payload = body.feed(data)
+        except WireError as exc:
+            self._broken(exc)
+            return b""
+        self.deadline = self.server.now + self.settings.body_timeout_s
+        self._body_bytes += len(payload)
+        if payload and not self._hold(cycle, len(payload)):
+            self._broken(WireError(503, "service_unavailable", "The server is out of memory for request bodies."))
+            return b""
+        rest = body.rest
+        if body.done:
+            self.body = None
+            self.deadline = _NEVER
+        cycle.push(payload, body.done)
+        if not cycle.started and self.cycle is cycle:
+            if body.done or cycle.buffered > self.settings.eager_body_bytes:
+                cycle.start()
+        elif not body.done and cycle.buffered > self.settings.eager_body_bytes and self.cycle is cycle:
+            self.reading_paused = True
+            self.transport.pause_reading()
+        if not rest:
+            return b""
+        if self._advancing:
+            return rest
+        if self.cycle is None and not self.closing:
+            self._advance(rest)
+        else:
+            self._pipelined(rest)
+        return b""
+
+    def _hold(self, cycle: Cycle, size: int) -> bool:
+        stats = self.server.stats
+        if stats.body_bytes + size > self.settings.body_memory_bytes:
+            return False
+        stats.body_bytes += size
+        cycle.counted += size
+        return True
+
+    def body_taken(self) -> None:
+        """The app took what was buffered of an unfinished body."""
+        if self.reading_paused:
+            self.reading_paused = False
+            self.deadline = self.server.now + self.settings.body_timeout_s
+            self.transport.resume_reading()
+
+    # ends
+
+    def cycle_done(self, cycle: Cycle) -> None:
+        """The answer is out and the app has returned."""
+        if self.cycle is not cycle:
+            return
+        self.cycle = None
+        stats = self.server.stats
+        stats.active_requests -= 1
+        stats.body_bytes -= cycle.counted
+        if self.closing:
+            return
+        if self.body is not None or not cycle.keep_alive:
+            self._close()
+            return
+        self.deadline = self.server.now + self.settings.keepalive_s
+        if self._pending and not self._advancing:
+            data, self._pending = self._pending, b""
+            self._advance(data)
+
+    def _broken(self, exc: WireError) -> None:
+        """Answer a message that broke the grammar or a bound, and close."""
+        self.server.stats.rejected += 1
+        cycle = self.cycle
+        if cycle is not None and (cycle.ended or cycle.splice is not None or cycle.chunked):
+            self.cut()
+            return
+        self.reject(exc.status, exc.code, exc.message)
+
+    def reject(self, status: int, code: str, message: str) -> None:
+        """Answer without an app and close, reading on for a moment."""
+        cycle = self.cycle
+        target = cycle.raw_path if cycle is not None else b""
+        lines, body = self.settings.reject(status, code, message, target)
+        self.transport.write(
+            b"%b%b%bcontent-length: %d\r\nconnection: close\r\n\r\n%b"
+            % (status_line(status), lines, self.server.date_line, len(body), body)
+        )
+        self._close(linger=True)
+        self._gone()
+
+    def cut(self) -> None:
+        """End an answer that cannot be completed: the client must see it cut."""
+        self.closing = True
+        self.transport.abort()
+
+    def _close(self, linger: bool = False) -> None:
+        """Close after what is written; linger when more may be on its way."""
+        self.closing = True
+        if linger or self.body is not None or self._pending:
+            self._pending = b""
+            self.body = None
+            self._head = self._held = None
+            if self.reading_paused:
+                self.reading_paused = False
+                self.transport.resume_reading()
+            self.deadline = self.server.now + self.settings.linger_s
+            if self.transport.can_write_eof() and not self.transport.is_closing():
+                self.transport.write_eof()
+        else:
+            self.transport.close()
+
+    def _linger(self, data: bytes) -> None:
+        self._lingered += len(data)
+        if self._lingered > self.settings.linger_bytes:
+            self.transport.close()
+
+    def _gone(self) -> None:
+        cycle = self.cycle
+        if cycle is not None:
+            cycle.client_gone()
+
+    def exhausted(self) -> bool:
+        """Tell whether this connection has had its share of requests."""
+        bound = self.settings.max_requests_per_connection
+        return 0 < bound <= self._requests
+
+    async def writable(self) -> None:
+        """Sleep until the client has read enough, or left."""
+        if self.paused and not self.closing:
+            if self._drain_waiter is None:
+                self._drain_waiter = Waiter()
+            await self._drain_waiter
+
+    # ticker
+
+    def tick(self, now: float, crowded: bool) -> None:
+        """Look at the deadlines; called each `tick_s`."""
+        if self.paused and not self.closing:
+            self._check_stall(now)
+        elif now >= self.deadline:
+            self._expired(now)
+        elif self.body is not None:
+            elapsed = now - self._body_at
+            settings = self.settings
+            if elapsed > settings.body_grace_s and self._body_bytes < settings.body_min_bytes_per_s * elapsed:
+                if not self.reading_paused:
+                    self._timeout("request body came too slowly")
+        elif crowded and self.idle and self.deadline > now + self.settings.crowded_keepalive_s:
+            self.deadline = now + self.settings.crowded_keepalive_s
+
+    @property
+    def idle(self) -> bool:
+        """Tell whether the connection waits for a request."""
+        return self.cycle is None and self._head is None and not self.closing
+
+    def _check_stall(self, now: float) -> None:
+        size = self.transport.get_write_buffer_size()
+        if size != self._stall_size:
+            self._stall_size, self._stall_at = size, now
+        elif now - self._stall_at > self.settings.write_timeout_s:
+            self.server.stats.stalled += 1
+            self._gone()
+            self.cut()
+
+    def _expired(self, now: float) -> None:
+        if self.closing:
+            self.transport.abort()
+        elif self.idle and self._requests:
+            self.closing = True
+            self.transport.close()
+        elif self.body is not None and self.reading_paused:
+            self.deadline = now + self.settings.body_timeout_s
+        else:
+            self._timeout("request did not arrive in time")
+
+    def _timeout(self, message: str) -> None:
+        self.server.stats.timeouts += 1
+        self._broken(WireError(408, "request_timeout", message))
+
+    def drain(self) -> None:
+        """Close now when idle, else after the answer."""
+        if self.idle:
+            self.closing = True
+            self.transport.close()
+        elif self.cycle is not None:
+            self.cycle.keep_alive = False
+
