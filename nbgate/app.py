@@ -17,7 +17,7 @@ from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any, Final
 
 from nbgate.allowance import Allowances, LocalSource
-from nbgate.auth import Directory, Proxies, strip_query
+from nbgate.auth import Directory, Proxies
 from nbgate.call import ORIGIN, Call, ClientGone, Receive, Send
 from nbgate.channels import RetryBudget, Table
 from nbgate.config import Config
@@ -97,7 +97,6 @@ class App:
         self.loop_lag_s = 0.0
         self.random = random.random
         self.wall = time.time
-        self.strip_query = strip_query
         self._server: Server | None = None
         self._prefix = secrets.token_hex(6)
         self._count = 0

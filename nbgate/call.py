@@ -186,6 +186,8 @@ class Call:
             if refusal is not None:
                 self.allowance = None
                 error = refusal.error()
+                if refusal.elsewhere:  # another worker may hold what this one has no share of
+                    error.headers.append((b"connection", b"close"))
                 error.headers += allowance.header_list(now, time.time(), claude=self.family == "claude")
                 raise error
             self.reserved = tokens

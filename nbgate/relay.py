@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nbgate import body as bodies
 from nbgate import deliver, judge
+from nbgate.auth import strip_query
 from nbgate.call import ANTHROPIC_VERSION, Call, monotonic
 from nbgate.channels import Candidates, Dice, Target, choose, forgive, mark_failed, mark_limited, mark_ok
 from nbgate.errors import GateError
@@ -96,7 +97,7 @@ async def _plan(call: Call, match: Match) -> Plan:
     query: bytes = call.scope["query_string"]
     path = match.upstream_path
     if query:
-        kept = call.app.strip_query(query, route.family)
+        kept = strip_query(query)
         path = path + b"?" + kept if kept else path
     plan = Plan(match, path)
     assert call.key is not None
