@@ -1,0 +1,5 @@
+"""Run the commands as `python -m nbgate`."""
+
+from nbgate.cli import main
+
+main()

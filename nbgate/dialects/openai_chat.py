@@ -1,0 +1,97 @@
+"""OpenAI chat completions and the older text completions.
+
+What lives here: usage, stream events and field tables of both. What must not:
+bytes on their way (see `meter`), HTTP. Heat: R; C for events with usage.
+Source: types of the openai SDK 3.54 (CompletionUsage, ChatCompletionChunk).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from nbgate.dialects.model import NOTHING, Dialect, Obj, Seen, Split, Usage, count, last_wins, text
+
+PING: Final = b": ping\n\n"
+DONE: Final = b"[DONE]"
+
+ACTED_FIELDS: Final = frozenset({
+    "model", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "user", "prompt_cache_key",
+    "safety_identifier", "store", "service_tier", "web_search_options", "modalities",
+})  # fmt: skip
+COMPLETIONS_FIELDS: Final = frozenset({
+    "model", "stream", "stream_options", "n", "best_of", "max_tokens", "user", "echo", "service_tier",
+})  # fmt: skip
+
+
+class _Chunk(msgspec.Struct):
+    id: Any = None
+    choices: msgspec.Raw = msgspec.Raw(b"")
+    usage: Any = None
+    error: Any = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
+
+
+def read_usage(obj: Obj) -> Usage | None:
+    """Read a usage object; None if it counts nothing.
+
+    OpenAI's prompt_tokens include cached and audio ones, completion_tokens
+    include reasoning. Some speak otherwise: DeepSeek puts its cache hits and
+    Moonshot its cached tokens beside them; xAI adds reasoning to the total.
+    """
+    prompt, completion, total = (count(obj, k) for k in ("prompt_tokens", "completion_tokens", "total_tokens"))
+    reasoning = count(obj, "completion_tokens_details", "reasoning_tokens")
+    if total and not prompt and not completion:
+        prompt = total
+    elif not completion and total > prompt:
+        completion = total - prompt
+    elif completion and reasoning and total == prompt + completion + reasoning:
+        completion += reasoning
+    if not prompt and not completion:
+        return None
+    cached = count(obj, "prompt_tokens_details", "cached_tokens")
+    cached = cached or count(obj, "prompt_cache_hit_tokens") or count(obj, "cached_tokens")
+    into, out = Split(prompt), Split(completion)
+    return Usage(
+        cached_read=into.take(cached),
+        cached_write=into.take(count(obj, "prompt_tokens_details", "cache_write_tokens")),
+        audio_in=into.take(count(obj, "prompt_tokens_details", "audio_tokens")),
+        image_in=into.take(count(obj, "prompt_tokens_details", "image_tokens")),
+        input=into.rest,
+        reasoning=out.take(reasoning),
+        audio_out=out.take(count(obj, "completion_tokens_details", "audio_tokens")),
+        image_out=out.take(count(obj, "completion_tokens_details", "image_tokens")),
+        output=out.rest,
+    )
+
+
+def read_event(event: bytes, data: bytes) -> Seen:
+    """Read one stream event."""
+    if data.startswith(DONE):
+        return Seen(end=True)
+    try:
+        chunk = _decode(data)
+    except (ValueError, msgspec.MsgspecError, RecursionError):
+        return Seen(error=event == b"error")
+    usage = chunk.usage if isinstance(chunk.usage, dict) else None
+    bare = usage is not None and b"".join(bytes(chunk.choices).split()) == b"[]"
+    error = bool(chunk.error) or event == b"error"
+    if usage is None and not error and not chunk.id:
+        return NOTHING
+    return Seen(usage, False, error, text(chunk.id), bare)
+
+
+CHAT: Final = Dialect(
+    name="chat",
+    family="openai",
+    ping=PING,
+    marks=(b'"usage"', DONE, b'"error"'),
+    acted_fields=ACTED_FIELDS,
+    read_usage=read_usage,
+    read_event=read_event,
+    merge_usage=last_wins,
+)
+COMPLETIONS: Final = CHAT._replace(name="completions", acted_fields=COMPLETIONS_FIELDS)
