@@ -176,10 +176,10 @@ async def _try(call: Call, plan: Plan, target: Target) -> Failure | None:
     target.in_flight += 1
     try:
         for fresh in (False, True):
-            conn = pool.idle(out.endpoint)
+            conn = None if fresh else pool.idle(out.endpoint)
             try:
                 if conn is None:
-                    conn = await pool.acquire(out.endpoint, timeouts.connect_s)
+                    conn = await pool.acquire(out.endpoint, timeouts.connect_s, fresh)
                 conn.send(parts, timeouts, judge.ready, call.state.keepalive_s if plan.stream else 0.0)
                 await conn.answer()
             except UpstreamError as exc:
