@@ -54,8 +54,7 @@ _KNOWN: Final = frozenset({
 _UNREADABLE: Final = (ValueError, msgspec.MsgspecError, RecursionError)
 # A member's name as it usually stands, quoted and with its colon.
 _HEADS: Final = {
-    name: b'"%s":' % name.encode()
-    for name in _KNOWN.union(*(dialect.acted_fields for dialect in DIALECTS.values()))
+    name: b'"%s":' % name.encode() for name in _KNOWN.union(*(dialect.acted_fields for dialect in DIALECTS.values()))
 }
 Members = dict[str, msgspec.Raw]
 Span = tuple[int, int]
@@ -92,8 +91,9 @@ class Fields:
         raw = members.get("stream")
         if raw is not None:
             self.stream = _flag(raw, "stream")
-        for name in members.keys() & _BOUNDS.keys():
-            self._bounded(name)
+        for name in spans:
+            if name in _BOUNDS:
+                self._bounded(name)
         if "stream_options" in members:
             self._stream_options(members["stream_options"])
 

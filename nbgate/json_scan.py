@@ -103,10 +103,15 @@ class JsonScan:
             self.error = True
         if word is None or len(word) > WORD_MAX:
             return
-        if self._depth == 1 and key in _WORDS:
-            self.words[key] = word.decode("utf-8", "replace")
-        elif self._depth == 2 and key == b"id" and self._outer in self._nested:
-            self.words[self._outer + b".id"] = word.decode("utf-8", "replace")
+        if self._depth == 2:
+            key = self._outer + b".id" if key == b"id" and self._outer in self._nested else b""
+        elif key not in _WORDS:
+            key = b""
+        if key:
+            try:
+                self.words[key] = orjson.loads(b'"%b"' % bytes(word))
+            except orjson.JSONDecodeError:
+                self.words.pop(key, None)
 
     def _between(self, data: bytes, at: int) -> int:
         """Go on outside strings up to the next one, or the chunk's end."""

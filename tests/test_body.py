@@ -29,7 +29,13 @@ def sent(fields: Fields, model: bytes | None = None, ask_usage: bool = False) ->
 
 def test_plain_body_is_read_and_goes_on_as_the_same_object() -> None:
     fields = read(CHAT, "chat")
-    assert (fields.model, fields.stream, fields.n, fields.max_tokens, fields.suspect) == ("gpt-4o", False, 1, None, False)
+    assert (fields.model, fields.stream, fields.n, fields.max_tokens, fields.suspect) == (
+        "gpt-4o",
+        False,
+        1,
+        None,
+        False,
+    )
     (only,) = fields.forward(None, False)
     assert only is CHAT
     (only,) = fields.forward(b"gpt-4o", True)
@@ -120,16 +126,18 @@ def test_model_may_be_left_to_the_router(dialect: str) -> None:
 
 @pytest.mark.parametrize(("member", "kind"), [
     ('"model":1', "invalid_type"), ('"model":["m"]', "invalid_type"), ('"model":"a\\u0000b"', "invalid_value"),
-    ('"model":"a\\r\\nb"', "invalid_value"), (f'"model":"{"m" * 300}"', "invalid_value"), ('"stream":1', "invalid_type"),
+    ('"model":"a\\r\\nb"', "invalid_value"), ('"model":"%s"' % ("m" * 300), "invalid_value"),
+    ('"stream":1', "invalid_type"),
     ('"stream":"true"', "invalid_type"), ('"n":true', "invalid_type"), ('"n":1.0', "invalid_type"),
     ('"n":0', "invalid_value"), ('"n":129', "invalid_value"), ('"n":-1', "invalid_value"), ('"n":"1"', "invalid_type"),
-    ('"max_tokens":1e29', "invalid_type"), ('"max_tokens":false', "invalid_type"), ('"max_tokens":-1', "invalid_value"),
+    ('"max_tokens":1e29', "invalid_type"), ('"max_tokens":false', "invalid_type"),
+    ('"max_tokens":-1', "invalid_value"),
     ('"max_tokens":99999999999', "invalid_value"), ('"max_tokens":99999999999999999999999', "invalid_value"),
-    ('"max_completion_tokens":[]', "invalid_type"), ('"max_output_tokens":"9"', "invalid_type"),
+    ('"max_completion_tokens":[]', "invalid_type"), ('"max_completion_tokens":"9"', "invalid_type"),
     ('"stream_options":[]', "invalid_type"), ('"stream_options":{"include_usage":1}', "invalid_type"),
 ])  # fmt: skip
 def test_wrong_values_are_400(member: str, kind: str) -> None:
-    body = "{%s}" % member if '"model"' in member else '{"model":"m",%s}' % member
+    body = f"{{{member}}}" if '"model"' in member else f'{{"model":"m",{member}}}'
     err = refused(body.encode())
     assert (err.kind, err.status) == (kind, 400)
     assert err.param
@@ -169,7 +177,7 @@ def test_usage_is_asked_for_in_a_stream() -> None:
 
 @pytest.mark.parametrize("value", ["null", "{}", '{"include_usage":false}', '{"include_usage":null,"x":[1]}'])
 def test_client_s_stream_options_are_merged(value: str) -> None:
-    body = '{"stream":true, "stream_options": %s ,"model":"m"}' % value
+    body = f'{{"stream":true, "stream_options": {value} ,"model":"m"}}'
     out = json.loads(sent(read(body.encode(), "chat"), None, True))
     assert out["stream_options"] == {**(json.loads(value) or {}), "include_usage": True}
     assert out["model"] == "m"
@@ -199,7 +207,7 @@ def test_usage_is_not_asked_for_without_a_stream() -> None:
 
 @pytest.mark.parametrize("key", ['"max_tokens":', '"max_tokens" : ', '\n  "max_tokens": '])
 def test_documented_max_tokens_of_responses_is_renamed(key: str) -> None:
-    body = '{"model":"gpt-4o","input":"max_tokens",%s500}' % key
+    body = f'{{"model":"gpt-4o","input":"max_tokens",{key}500}}'
     fields = read(body.encode(), "responses")
     assert fields.max_tokens == 500
     assert json.loads(sent(fields)) == {"model": "gpt-4o", "input": "max_tokens", "max_output_tokens": 500}
@@ -241,14 +249,30 @@ def test_name_in_another_case_is_fine_below_the_top() -> None:
 
 
 def test_words_of_ours_in_strings_and_values_are_no_suspects() -> None:
-    body = b'{"model":"model","user":"stream","messages":[{"role":"user","content":"\\"model\\":\\"x\\""}],"a\\"b\\n":1}'
+    body = (
+        b'{"model":"model","user":"stream","messages":[{"role":"user","content":"\\"model\\":\\"x\\""}],"a\\"b\\n":1}'
+    )
     fields = read(body, "chat")
     assert not fields.suspect
     assert fields.model == "model"
 
 
 NAMES = st.sampled_from(
-    ["model", "stream", "n", "max_tokens", "stream_options", "user", "messages", "x", "Model", "modél", 'a"b', "", "a\\"]
+    [
+        "model",
+        "stream",
+        "n",
+        "max_tokens",
+        "stream_options",
+        "user",
+        "messages",
+        "x",
+        "Model",
+        "modél",
+        'a"b',
+        "",
+        "a\\",
+    ]
 )
 LEAVES = st.one_of(
     st.sampled_from(["m", "dear", '"model":"x"', "}{][", "\\", '\\"', "é", "\u2028", "model", ""]),
@@ -321,8 +345,8 @@ def test_every_parser_sees_upstream_what_was_read_here(body: str, dialect: str, 
     told = dict(seen)
     assert told.get("model") == model
     assert bool(told.get("stream")) is fields.stream
-    assert (told.get("n") or 1) == fields.n
-    bounds = [told.get(k) for k in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
+    assert (told.get("n") or 1 if "n" in acted else 1) == fields.n
+    bounds = [told.get(k) for k in acted if k.startswith("max_")]
     assert max((b for b in bounds if b is not None), default=None) == fields.max_tokens
     if fields.stream and dialect == "chat":
         assert told["stream_options"]["include_usage"] is True

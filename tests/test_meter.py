@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import tracemalloc
@@ -31,9 +32,11 @@ CLAUDE = b"".join(
         b'{"type":"message_start","message":{"id":"msg_1","usage":{"input_tokens":10,"cache_read_input_tokens":5,'
         b'"cache_creation_input_tokens":7,"cache_creation":{"ephemeral_5m_input_tokens":3,'
         b'"ephemeral_1h_input_tokens":4},"output_tokens":1}}}',
-        b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"say \\"usage\\": {\\"x\\": 1}"}}',
+        b'{"type":"content_block_delta","index":0,'
+        b'"delta":{"type":"text_delta","text":"say \\"usage\\": {\\"x\\": 1}"}}',
         b'{"type":"ping"}',
-        b'{"type":"content_block_start","index":1,"content_block":{"type":"tool_use","input":{"usage":{"output_tokens":99}}}}',
+        b'{"type":"content_block_start","index":1,"content_block":{"type":"tool_use",'
+        b'"input":{"usage":{"output_tokens":99}}}}',
         b'{"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":42}}',
         b'{"type":"message_stop"}',
     )
@@ -128,7 +131,8 @@ def test_decoys_do_not_count(inner: bytes) -> None:
 
 @pytest.mark.parametrize("value", [
     b"[]", b'"x"', b"5", b'{"prompt_tokens":-1,"completion_tokens":9223372036854775808}', b'{"prompt_tokens":1.5}',
-    b'{"prompt_tokens":"9"}', b"{}", b'{"prompt_tokens":true}', b'{"prompt_tokens":1e400}', b"{", b'{"prompt_tokens":[]}',
+    b'{"prompt_tokens":"9"}', b"{}", b'{"prompt_tokens":true}', b'{"prompt_tokens":1e400}', b"{",
+    b'{"prompt_tokens":[]}',
 ])  # fmt: skip
 def test_hostile_usage_is_ignored(value: bytes) -> None:
     pipe = chat()
@@ -254,7 +258,7 @@ STREAMS = {
 
 def cut(data: bytes, cuts: list[int]) -> list[bytes]:
     at = sorted({c % (len(data) + 1) for c in cuts} | {0, len(data)})
-    return [data[a:b] for a, b in zip(at, at[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(at)]
 
 
 @pytest.mark.parametrize("dialect", STREAMS)
@@ -282,7 +286,9 @@ def test_stream_cut_anywhere_is_the_stream_whole(dialect: str, cuts: list[int], 
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.binary(max_size=40) | st.sampled_from([USED, DONE, b"\n\n", b"data: {\"usage\":", b"\r"]), max_size=12))
+@given(
+    st.lists(st.binary(max_size=40) | st.sampled_from([USED, DONE, b"\n\n", b'data: {"usage":', b"\r"]), max_size=12)
+)
 def test_any_bytes_pass_unaltered(chunks: list[bytes]) -> None:
     for dialect in STREAMS:
         assert run(SsePipe(dialect, hide_usage=False, hold_bytes=64), chunks) == b"".join(chunks)
@@ -290,7 +296,7 @@ def test_any_bytes_pass_unaltered(chunks: list[bytes]) -> None:
 
 @pytest.mark.parametrize("step", [1, 7, 1_000, 70_000])
 def test_usage_of_a_frame_too_long_to_hold_is_read(step: int) -> None:
-    text = json.dumps("lorem {[ \\ \"usage\": ipsum " * 400)
+    text = json.dumps('lorem {[ \\ "usage": ipsum ' * 400)
     event = {
         "type": "response.completed",
         "response": {
@@ -323,7 +329,8 @@ def body(**more: Any) -> bytes:
     return json.dumps({
         "id": "chatcmpl-7", "object": "chat.completion", "model": "gpt-4o", "error": None,
         "choices": [{"message": {"content": 'a "usage": {} \\" }]', "usage": {"prompt_tokens": 99}}}],
-        "usage": {"prompt_tokens": 9, "completion_tokens": 4, "d": {"usage": {"x": "}"}}}, "tail": {"usage": {}}, **more,
+        "usage": {"prompt_tokens": 9, "completion_tokens": 4, "d": {"usage": {"x": "}"}}}, "tail": {"usage": {}},
+        **more,
     }).encode()  # fmt: skip
 
 
@@ -374,8 +381,10 @@ def test_json_usage_too_long_to_be_one_is_not_kept() -> None:
 
 JSONS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.sampled_from(['"', "\\", "}{", "usage", '"usage":{', "é", ":", ""]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["usage", "error", "id", 'a"', "\\", "x", "response"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["usage", "error", "id", 'a"', "\\", "x", "response"]), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbgate.sse import Framer, fields, first_event, frames, last_end
 
-LINES = st.sampled_from([b"data: {}", b"data:x", b": note", b"event: a", b"id: 1", b"\xef\xbb\xbfdata: y", b"", b"\xff"])
+LINES = st.sampled_from(
+    [b"data: {}", b"data:x", b": note", b"event: a", b"id: 1", b"\xef\xbb\xbfdata: y", b"", b"\xff"]
+)
 ENDS = st.sampled_from([b"\n", b"\r\n", b"\r"])
 STREAMS = st.lists(st.tuples(LINES, ENDS), max_size=30).map(lambda parts: b"".join(a + b for a, b in parts))
 
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     at = sorted({min(c, len(data)) for c in cuts} | {0, len(data)})
-    return [data[a:b] for a, b in zip(at, at[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(at)]
 
 
 def through(framer: Framer, chunks: list[bytes]) -> bytes:
@@ -41,7 +45,8 @@ def test_frames_lists_an_unfinished_one_too() -> None:
 
 @pytest.mark.parametrize(("frame", "event", "data"), [
     (b"data: x\n\n", b"", b"x"), (b"data:x\n\n", b"", b"x"), (b"data:  x\n\n", b"", b" x"), (b"data\n\n", b"", None),
-    (b"event: e\r\ndata: 1\r\ndata: 2\r\n\r\n", b"e", b"1\n2"), (b": c\n\n", b"", None), (b"id: 1\nretry: 2\n\n", b"", None),
+    (b"event: e\r\ndata: 1\r\ndata: 2\r\n\r\n", b"e", b"1\n2"), (b": c\n\n", b"", None),
+    (b"id: 1\nretry: 2\n\n", b"", None),
     (b"\xef\xbb\xbfdata: x\r\r", b"", b"x"), (b"event:e\n\n", b"e", None), (b"data:\n\n", b"", b""),
 ])  # fmt: skip
 def test_fields_reads_event_and_data(frame: bytes, event: bytes, data: bytes | None) -> None:
@@ -49,7 +54,8 @@ def test_fields_reads_event_and_data(frame: bytes, event: bytes, data: bytes | N
 
 
 @pytest.mark.parametrize(("buffered", "event"), [
-    (b"", None), (b": ping\n\n", None), (b": ping\n\ndata: x", None), (b": ping\n\ndata: x\n\ndata: y\n\n", b"data: x\n\n"),
+    (b"", None), (b": ping\n\n", None), (b": ping\n\ndata: x", None),
+    (b": ping\n\ndata: x\n\ndata: y\n\n", b"data: x\n\n"),
     (b"retry: 5\n\nevent: e\ndata: 1\r\n\r\n", b"event: e\ndata: 1\r\n\r\n"), (b"data: x\n", None),
 ])  # fmt: skip
 def test_first_event_is_the_first_whole_one_that_is_no_comment(buffered: bytes, event: bytes | None) -> None:

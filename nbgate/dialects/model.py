@@ -16,6 +16,7 @@ import msgspec
 COUNT_MAX: Final = 100_000_000  # tokens; more in one answer is a lie, ten times the largest context window
 
 Obj = dict[str, Any]
+NO_OBJ: Final[Obj] = {}
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -98,12 +99,23 @@ def count(obj: object, *path: str) -> int:
         if not isinstance(obj, dict):
             return 0
         obj = obj.get(name)
+    return number(obj)
+
+
+def number(value: object) -> int:
+    """Give a counter's value, 0 if it is no sane number. Never raises."""
+    if type(value) is int and 0 <= value <= COUNT_MAX:
+        return value
     # NOTE: JavaScript and Go upstreams may write 12 as 12.0.
-    if isinstance(obj, float) and obj.is_integer():
-        obj = int(obj)
-    if type(obj) is not int or not 0 <= obj <= COUNT_MAX:
-        return 0
-    return obj
+    if isinstance(value, float) and value.is_integer() and 0 <= value <= COUNT_MAX:
+        return int(value)
+    return 0
+
+
+def inner(obj: Obj, name: str) -> Obj:
+    """Give a nested object, an empty one if there is none."""
+    found = obj.get(name)
+    return found if isinstance(found, dict) else NO_OBJ
 
 
 def text(value: object, most: int = 512) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from nbgate.dialects.model import NOTHING, Dialect, Obj, Seen, Split, Usage, count, last_wins, text
+from nbgate.dialects.model import NOTHING, Dialect, Obj, Seen, Split, Usage, inner, last_wins, number, text
 
 PING: Final = b": ping\n\n"
 DONE: Final = b"[DONE]"
@@ -42,28 +42,33 @@ def read_usage(obj: Obj) -> Usage | None:
     include reasoning. Some speak otherwise: DeepSeek puts its cache hits and
     Moonshot its cached tokens beside them; xAI adds reasoning to the total.
     """
-    prompt, completion, total = (count(obj, k) for k in ("prompt_tokens", "completion_tokens", "total_tokens"))
-    reasoning = count(obj, "completion_tokens_details", "reasoning_tokens")
+    get = obj.get
+    prompt, completion, total = (
+        number(get("prompt_tokens")),
+        number(get("completion_tokens")),
+        number(get("total_tokens")),
+    )
+    given, made = inner(obj, "prompt_tokens_details").get, inner(obj, "completion_tokens_details").get
+    reasoning = number(made("reasoning_tokens"))
     if total and not prompt and not completion:
         prompt = total
     elif not completion and total > prompt:
         completion = total - prompt
-    elif completion and reasoning and total == prompt + completion + reasoning:
+    elif reasoning and completion and total == prompt + completion + reasoning:
         completion += reasoning
     if not prompt and not completion:
         return None
-    cached = count(obj, "prompt_tokens_details", "cached_tokens")
-    cached = cached or count(obj, "prompt_cache_hit_tokens") or count(obj, "cached_tokens")
+    cached = number(given("cached_tokens") or get("prompt_cache_hit_tokens") or get("cached_tokens"))
     into, out = Split(prompt), Split(completion)
     return Usage(
         cached_read=into.take(cached),
-        cached_write=into.take(count(obj, "prompt_tokens_details", "cache_write_tokens")),
-        audio_in=into.take(count(obj, "prompt_tokens_details", "audio_tokens")),
-        image_in=into.take(count(obj, "prompt_tokens_details", "image_tokens")),
+        cached_write=into.take(number(given("cache_write_tokens"))),
+        audio_in=into.take(number(given("audio_tokens"))),
+        image_in=into.take(number(given("image_tokens"))),
         input=into.rest,
         reasoning=out.take(reasoning),
-        audio_out=out.take(count(obj, "completion_tokens_details", "audio_tokens")),
-        image_out=out.take(count(obj, "completion_tokens_details", "image_tokens")),
+        audio_out=out.take(number(made("audio_tokens"))),
+        image_out=out.take(number(made("image_tokens"))),
         output=out.rest,
     )
 

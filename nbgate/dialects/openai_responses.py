@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from nbgate.dialects.model import NOTHING, Dialect, Obj, Seen, Split, Usage, count, last_wins, text
+from nbgate.dialects.model import NOTHING, Dialect, Obj, Seen, Split, Usage, inner, last_wins, number, text
 from nbgate.dialects.openai_chat import PING
 
 ACTED_FIELDS: Final = frozenset({
@@ -40,21 +40,23 @@ def read_usage(obj: Obj) -> Usage | None:
 
     input_tokens include cached ones, output_tokens include reasoning.
     """
-    given, made, total = (count(obj, k) for k in ("input_tokens", "output_tokens", "total_tokens"))
+    get = obj.get
+    given, made, total = number(get("input_tokens")), number(get("output_tokens")), number(get("total_tokens"))
     if not made and total > given:
         made = total - given
     if not given and not made:
         return None
+    details, told = inner(obj, "input_tokens_details").get, inner(obj, "output_tokens_details").get
     into, out = Split(given), Split(made)
     return Usage(
-        cached_read=into.take(count(obj, "input_tokens_details", "cached_tokens")),
-        cached_write=into.take(count(obj, "input_tokens_details", "cache_write_tokens")),
-        image_in=into.take(count(obj, "input_tokens_details", "image_tokens")),
-        audio_in=into.take(count(obj, "input_tokens_details", "audio_tokens")),
+        cached_read=into.take(number(details("cached_tokens"))),
+        cached_write=into.take(number(details("cache_write_tokens"))),
+        image_in=into.take(number(details("image_tokens"))),
+        audio_in=into.take(number(details("audio_tokens"))),
         input=into.rest,
-        reasoning=out.take(count(obj, "output_tokens_details", "reasoning_tokens")),
-        image_out=out.take(count(obj, "output_tokens_details", "image_tokens")),
-        audio_out=out.take(count(obj, "output_tokens_details", "audio_tokens")),
+        reasoning=out.take(number(told("reasoning_tokens"))),
+        image_out=out.take(number(told("image_tokens"))),
+        audio_out=out.take(number(told("audio_tokens"))),
         output=out.rest,
     )
 
@@ -69,11 +71,11 @@ def read_event(event: bytes, data: bytes) -> Seen:
         return Seen(error=event == b"error")
     kind = text(found.type) or event.decode("ascii", "replace")
     error = kind == "error" or kind == "response.failed"
-    inner = found.response
-    if inner is None:
+    response = found.response
+    if response is None:
         return Seen(error=error)
-    usage = inner.usage if isinstance(inner.usage, dict) else None
-    return Seen(usage, kind in _ENDS, error, text(inner.id))
+    usage = response.usage if isinstance(response.usage, dict) else None
+    return Seen(usage, kind in _ENDS, error, text(response.id))
 
 
 RESPONSES: Final = Dialect(
