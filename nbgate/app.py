@@ -48,11 +48,11 @@ class State:
         self.config = config
         self.made_at = time.time()
         self.site = config.site
-        self.table = Table(config, old.table if old is not None else None)
+        self.table: Table = Table(config, old.table if old is not None else None)
         for target in self.table.targets:
             target.wire = Outbound(target, os.path.join(run_dir, "demo.sock"))
         self.directory = Directory.from_config(config)
-        self.proxies = Proxies(config.server.trusted_proxies)
+        self.proxies: Proxies = Proxies(config.server.trusted_proxies)
         self.metrics_networks = tuple(ip_network(n, strict=False) for n in config.admin.metrics_networks)
         self.allow_query_key = config.server.allow_query_key
         self.max_body_bytes = config.server.max_body_mb << 20
@@ -164,11 +164,19 @@ class App:
             return
         call = Call(self, scope, receive, send)
         try:
-            await self._dispatch(call)
+            match = find(scope["raw_path"], scope["method"])
+            call.match = match
+            route = match.route
+            call.record.operation = route.operation
+            if route.auth:
+                call.authenticate(route.family)
+            local = LOCAL.get(route.operation)
+            if local is None:
+                await relay(call)
+            else:
+                await local(call)
         except GateError as exc:
-            if call.begun:
-                raise
-            await call.refuse(exc)
+            await self._refuse(call, exc)
         except (ClientGone, asyncio.CancelledError) as exc:
             self._note_gone(call)
             if isinstance(exc, asyncio.CancelledError):
@@ -182,28 +190,19 @@ class App:
         finally:
             call.close()
 
-    async def _dispatch(self, call: Call) -> None:
-        scope = call.scope
-        if call.values[ORIGIN] is not None and scope["method"] == "OPTIONS":
+    async def _refuse(self, call: Call, exc: GateError) -> None:
+        if call.begun:
+            raise exc
+        if call.scope["method"] == "OPTIONS" and call.values[ORIGIN] is not None:
             await self._preflight(call)
-            return
-        match = find(scope["raw_path"], scope["method"])
-        call.match = match
-        route = match.route
-        call.record.operation = route.operation
-        if route.auth:
-            call.authenticate(route.family)
-            call.check(route.operation, None)
-        local = LOCAL.get(route.operation)
-        if local is not None:
-            await local(call)
         else:
-            await relay(call)
+            await call.refuse(exc)
 
     async def _preflight(self, call: Call) -> None:
         """Answer a browser's question; needs no key (Fetch standard, CORS preflight)."""
         if not call.cors_lines():
-            raise GateError("permission_denied", "This origin is not allowed.")
+            await call.refuse(GateError("permission_denied", "This origin is not allowed."))
+            return
         allowed = ", ".join(methods(call.scope["raw_path"])) or "GET, POST"
         wanted = next((v for n, v in call.scope["headers"] if n == b"access-control-request-headers"), b"*")
         more = [

@@ -47,7 +47,7 @@ _SECRET_NAMES: Final = frozenset(
     (b"api_key", b"key", b"api-key", b"apikey", b"access_token", b"token", b"x-api-key", b"x-goog-api-key", b"secret")
 )
 _MAYBE_SECRET: Final = re.compile(rb"(?i)key|token|secret|%")
-_PAIR: Final = re.compile(rb"([^&;?#=]*)=([^&;#]*)")
+_MARKS: Final = re.compile(rb"([&;?#])")
 _PROTOCOL_STEM: Final = b"openai-insecure-api-key."
 
 
@@ -121,12 +121,19 @@ def redact_query(raw: bytes) -> bytes:
     """Cut keys out of a query, or of a whole request target, for the log."""
     if b"=" not in raw or not _MAYBE_SECRET.search(raw):
         return raw
-    return _PAIR.sub(_redact_pair, raw)
-
-
-def _redact_pair(match: re.Match[bytes]) -> bytes:
-    name = match[1]
-    return name + b"=***" if _plain(name) in _SECRET_NAMES else match[0]
+    # PERF: a split, for one pattern of pairs is quadratic: 0.3 s for 8 KB without "=".
+    parts = _MARKS.split(raw)
+    out: list[bytes] = []
+    mark, hides = b"", False
+    for at in range(0, len(parts), 2):
+        if at:
+            mark = parts[at - 1]
+        if hides and (mark == b";" or mark == b"?"):  # a key may hold them
+            continue
+        name, equals, _ = parts[at].partition(b"=")
+        hides = bool(equals) and _plain(name) in _SECRET_NAMES
+        out += (mark, name, b"=***") if hides else (mark, parts[at])
+    return b"".join(out)
 
 
 # --- the record of a key -------------------------------------------------------------------------------------------
@@ -163,7 +170,7 @@ class KeyRecord:
     admin: bool = False
     unlimited_usd: bool = False
     # Derived once, so that `check` of a plain key is a few attribute reads.
-    _plain: bool = field(init=False, repr=False)
+    plain: bool = field(init=False, repr=False)
     _model_globs: re.Pattern[str] | None = field(init=False, repr=False)
     _endpoint_globs: re.Pattern[str] | None = field(init=False, repr=False)
     # Decisions that were "yes": addresses as str, (endpoint, model) as tuples.
@@ -175,7 +182,7 @@ class KeyRecord:
         put(self, "_endpoint_globs", _globs(self.endpoints))
         globs = self._model_globs is not None or self._endpoint_globs is not None
         up = self.enabled and self.account_enabled
-        put(self, "_plain", up and not self.expires_at and not self.networks and not globs)
+        put(self, "plain", up and not self.expires_at and not self.networks and not globs)
 
     def may_use(self, model: str) -> bool:
         """Tell whether a model is in the key's globs, for lists of models."""
@@ -198,7 +205,7 @@ def check(record: KeyRecord, *, now_s: float, peer: str, endpoint: str, model: s
     Raises:
         GateError: 401 or 403, in the order of the contract.
     """
-    if record._plain:
+    if record.plain:
         return
     if not record.enabled or (record.expires_at and now_s >= record.expires_at):
         raise GateError("invalid_api_key")

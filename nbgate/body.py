@@ -123,7 +123,11 @@ class Fields:
         self.asked_usage = asked is True
         text = bytes(raw)
         if not self.asked_usage or _walk(text, _members(text), frozenset()) is None:
-            self._merge = orjson.dumps({**value, "include_usage": True})
+            try:
+                self._merge = orjson.dumps({**value, "include_usage": True})
+            except TypeError:  # integers beyond 64 bits, which the decoder takes
+                text = "`stream_options` holds a value that cannot be written."
+                raise GateError("invalid_value", text, param="stream_options") from None
 
     def value(self, name: str) -> Any:
         """Decode a top-level member, None if it is absent."""

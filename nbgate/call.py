@@ -123,7 +123,9 @@ class Call:
         else:
             self.request_id = app.next_id()
         client = scope["client"]
-        self.peer = peer_address(client[0] if client else "", values[FORWARDED_FOR], app.state.proxies)
+        self.peer: str = client[0] if client else ""
+        if values[FORWARDED_FOR] is not None:
+            self.peer = peer_address(self.peer, values[FORWARDED_FOR], self.state.proxies)
         self.match: Match | None = None
         self.key: KeyRecord | None = None
         self.allowance: Allowance | None = None
@@ -168,12 +170,16 @@ class Call:
         log = self.record
         log.key = record.display
         log.account = record.account_id
+        if not record.plain:
+            self.check(None)
         return record
 
-    def check(self, endpoint: str, model: str | None) -> None:
-        """Let the caller pass or not. Raises: GateError 401, 403."""
-        assert self.key is not None
-        check(self.key, now_s=time.time(), peer=self.peer, endpoint=endpoint, model=model)
+    def check(self, model: str | None) -> None:
+        """Let the caller pass or not; None = no model yet. Raises: GateError 401, 403."""
+        key = self.key
+        assert key is not None
+        if not key.plain:
+            check(key, now_s=time.time(), peer=self.peer, endpoint=self.record.operation, model=model)
 
     def admit(self, tokens: int) -> None:
         """Take the caller's rates. Raises: GateError 429."""
@@ -204,6 +210,10 @@ class Call:
         data: bytes = message["body"]
         if message["more_body"]:
             data = await self._rest(data)
+        return self.decoded(data)
+
+    def decoded(self, data: bytes) -> bytes:
+        """Undo a content-encoding. Raises: GateError 400, 413, 415."""
         self.record.bytes_in = len(data)
         encoding = self.values[CONTENT_ENCODING]
         if encoding is not None and encoding.lower() != b"identity":
@@ -255,7 +265,9 @@ class Call:
             return b""
         return b"access-control-allow-origin: %b\r\nvary: origin\r\naccess-control-expose-headers: *\r\n" % origin
 
-    async def answer(self, status: int, content_type: bytes, body: bytes, more: list[tuple[bytes, bytes]] | None = None) -> None:
+    async def answer(
+        self, status: int, content_type: bytes, body: bytes, more: list[tuple[bytes, bytes]] | None = None
+    ) -> None:
         """Send a whole answer of our own."""
         text = self.request_id.encode("ascii")
         headers = [(b"content-type", content_type), (b"x-request-id", text)]

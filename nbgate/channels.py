@@ -39,7 +39,19 @@ class Target:
     looks at it.
     """
 
-    __slots__ = ("channel", "cooled", "in_flight", "key", "label", "name", "out_until", "outs", "strikes", "weight", "wire")
+    __slots__ = (
+        "channel",
+        "cooled",
+        "in_flight",
+        "key",
+        "label",
+        "name",
+        "out_until",
+        "outs",
+        "strikes",
+        "weight",
+        "wire",
+    )
 
     def __init__(self, channel: Channel, key: str, label: str, weight: int) -> None:
         self.channel = channel
@@ -86,7 +98,9 @@ class Table:
                 continue
             targets = tuple(self._target(channel, kept, index) for index in range(max(1, len(channel.keys))))
             self.targets += targets
-            pattern = re.compile("|".join(fnmatch.translate(glob) for glob in (*channel.models, *map(_literal, channel.map))))
+            pattern = re.compile(
+                "|".join(fnmatch.translate(glob) for glob in (*channel.models, *map(_literal, channel.map)))
+            )
             self._channels.append((channel, pattern, tuple(t for t in targets if t.weight > 0)))
         self.by_name = {channel.name: channel for channel, _, _ in self._channels}
 

@@ -194,7 +194,8 @@ class Checker:
             self._bad(("admin", "listen"), "this version has no separate listener; leave it empty")
         if not server.data_dir or "\0" in server.data_dir:
             self._bad(("server", "data_dir"), "expected a folder")
-        self._networks(("server", "trusted_proxies"), server.trusted_proxies)
+        # "unix:" stands for whoever comes by a unix socket (auth.Proxies).
+        self._networks(("server", "trusted_proxies"), server.trusted_proxies, "unix:")
         self._networks(("admin", "metrics_networks"), self.config.admin.metrics_networks)
         if server.max_line_kb > server.max_head_kb:
             self._bad(("server", "max_line_kb"), f"expected at most max_head_kb ({server.max_head_kb})")
@@ -210,8 +211,10 @@ class Checker:
                 self._bad(place, f'"{printable(text)}" stands twice')
             seen.add(text)
 
-    def _networks(self, where: Where, texts: tuple[str, ...]) -> None:
+    def _networks(self, where: Where, texts: tuple[str, ...], word: str = "") -> None:
         for index, text in enumerate(texts):
+            if text and text == word:
+                continue
             try:
                 ipaddress.ip_network(text)
             except ValueError as exc:

@@ -428,7 +428,8 @@ def read_tree(text: str, file: str, env: Mapping[str, str], root: type[Section])
     """
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
+    except (ValueError, RecursionError) as exc:
+        # NOTE: numbers of thousands of digits are a plain ValueError, endless brackets a RecursionError.
         reader = Reader(file, {}, env)
         found = re.search(r"\(at line (\d+), column \d+\)", str(exc))
         line = int(found.group(1)) if found else text.count("\n") + 1

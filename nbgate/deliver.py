@@ -8,11 +8,11 @@ What must not: choosing, retrying, judging. Heat: R.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from nbgate.call import ORIGIN, Call, ClientGone, monotonic
 from nbgate.dialects import DIALECTS, Usage
-from nbgate.errors import GateError
 from nbgate.meter import JsonPipe, RawPipe, SsePipe
 from nbgate.server.waiter import Waiter
 from nbgate.upstream import UpstreamError
@@ -29,46 +29,20 @@ _KEPT: Final = (b"content-disposition", b"content-language")
 _BYTES_PER_TOKEN: Final = 3
 
 
+Answer = Callable[[int, bytes, bytes], str]
+
+
 class MeteredPipe(Protocol):
     """A pipe that knows in the end what passed through it."""
 
     delivered: int
+    error: bool
 
     @property
     def usage(self) -> Any: ...
     def feed(self, data: bytes) -> bytes: ...
     def finish(self) -> bytes: ...
     def fail(self, exc: Exception) -> bytes: ...
-
-
-class GatePipe:
-    """Word the failures of an upstream for the dialect's own error event."""
-
-    __slots__ = ("feed", "finish", "inner")
-
-    def __init__(self, inner: MeteredPipe) -> None:
-        self.inner = inner
-        # PERF: the inner pipe's own methods, so that a chunk costs one call and not two.
-        self.feed = inner.feed
-        self.finish = inner.finish
-
-    @property
-    def mid_frame(self) -> bool:
-        """Tell whether a frame is only partly out."""
-        return bool(getattr(self.inner, "mid_frame", False))
-
-    def fail(self, exc: Exception) -> bytes:
-        """Return the last bytes of a broken answer."""
-        return self.inner.fail(gate_error(exc))
-
-
-def gate_error(exc: Exception) -> GateError:
-    """Map what ended an answer to what the client is told."""
-    if isinstance(exc, GateError):
-        return exc
-    if isinstance(exc, UpstreamError):
-        return GateError("upstream_timeout" if exc.kind.startswith("timeout") else "upstream_error")
-    return GateError("service_unavailable")
 
 
 def pipe_for(call: Call, plan: Plan, conn: Connection) -> MeteredPipe:
@@ -84,18 +58,53 @@ def pipe_for(call: Call, plan: Plan, conn: Connection) -> MeteredPipe:
     return RawPipe()
 
 
-def message(call: Call, plan: Plan, conn: Connection, pipe: MeteredPipe) -> dict[str, Any]:
-    """Return the splice message: head, source, pipe."""
+async def deliver(call: Call, plan: Plan, conn: Connection, pipe: MeteredPipe) -> None:
+    """Bring a good answer to the client, and note how it ended.
+
+    Raises: ClientGone. Cancellation: the upstream is aborted.
+    """
+    call.begun = True
+    log = call.record
+    log.status = conn.status
+    head = _head(call, plan, conn)
+    answer: Answer | None = call.scope.get("nbgate.answer")
+    if conn.complete and answer is not None:
+        # PERF: a whole answer needs no splice: read, write, note.
+        body = pipe.feed(conn.buffered) + pipe.finish() if conn.received else b""
+        _settle(call, pipe, conn, answer(conn.status, head, body))
+        return
+    stream = not isinstance(pipe, JsonPipe | RawPipe)
+    length = conn.headers.get(b"content-length")
+    message: dict[str, Any] = {
+        "type": "nbgate.splice",
+        "status": conn.status,
+        "head": head,
+        "source": conn,
+        "pipe": pipe,
+        "length": int(length) if length is not None and not stream and not conn.complete else None,
+        "keepalive": DIALECTS[plan.match.route.dialect].ping if stream else b"",
+        "outcome": "",
+    }
+    try:
+        if answer is not None:
+            await call.send(message)
+        else:
+            await without_splice(call, message)
+    finally:
+        _settle(call, pipe, conn, message["outcome"])
+
+
+def _head(call: Call, plan: Plan, conn: Connection) -> bytes:
+    """Write the head of an answer, but for its framing."""
     headers = conn.headers
     content_type = headers.get(b"content-type", b"application/octet-stream")
-    stream = content_type.startswith(b"text/event-stream")
     log = call.record
     now = monotonic()
     log.upstream_s = now - conn.sent_at
     log.overhead_s = overhead_s = conn.sent_at - call.started
     text = call.request_id.encode("ascii")
     processing_ms = int((now - call.started) * 1000)
-    if stream:
+    if content_type.startswith(b"text/event-stream"):
         head = b"%bx-request-id: %b\r\nopenai-processing-ms: %d\r\n" % (_SSE_HEAD, text, processing_ms)
     else:
         head = b"content-type: %b\r\nx-request-id: %b\r\nopenai-processing-ms: %d\r\nx-nbgate-overhead-ms: %.3f\r\n" % (
@@ -114,37 +123,31 @@ def message(call: Call, plan: Plan, conn: Connection, pipe: MeteredPipe) -> dict
             head += b"%b: %b\r\n" % (name, headers[name])
     if call.values[ORIGIN] is not None:
         head += call.cors_lines()
-    length = headers.get(b"content-length")
-    plain = length is not None and not stream and not conn.complete
-    return {
-        "type": "nbgate.splice",
-        "status": conn.status,
-        "head": head,
-        "source": conn,
-        "pipe": GatePipe(pipe) if stream else pipe,
-        "length": int(length) if plain and length is not None else None,
-        "keepalive": DIALECTS[plan.match.route.dialect].ping if stream else b"",
-        "outcome": "",
-    }
+    return head
 
 
-def settle(call: Call, pipe: MeteredPipe, conn: Connection, sent: dict[str, Any]) -> None:
+def _settle(call: Call, pipe: MeteredPipe, conn: Connection, outcome: str) -> None:
     """Note what was delivered and used, whatever the end was."""
     log = call.record
-    outcome = sent["outcome"] or "client_gone"
-    log.outcome = outcome
+    log.outcome = outcome or "client_gone"
     log.bytes_out = pipe.delivered
     log.first_byte_s = conn.first_byte_at - call.started if conn.first_byte_at else 0.0
-    if outcome == "client_gone":
-        log.status = 499
-        log.error, log.error_source = "client_closed_request", "client"
-    elif outcome == "upstream_failed":
+    if outcome != "complete":
+        if outcome == "upstream_failed":
+            log.error, log.error_source = "upstream_error", "upstream"
+        elif outcome == "drained":
+            log.error, log.error_source = "service_unavailable", "gate"
+        else:
+            log.status = 499
+            log.error, log.error_source = "client_closed_request", "client"
+    elif pipe.error:  # told in the upstream's own words
         log.error, log.error_source = "upstream_error", "upstream"
     usage = pipe.usage
     if usage is not None:
         log.usage = counters(usage)
-    elif log.status < 400 or outcome != "complete":
-        log.usage = (0, 0, 0, 0, pipe.delivered // _BYTES_PER_TOKEN, 0, 0, 0, 0, 0)
+    elif outcome != "complete" and call.match is not None and call.match.route.billed == "usage":
+        made = pipe.delivered // _BYTES_PER_TOKEN
+        log.usage = (log.bytes_in // _BYTES_PER_TOKEN, 0, 0, 0, made, 0, 0, 0, 0, 0)
         log.estimated = True
 
 
@@ -203,13 +206,13 @@ class _Inbox:
 async def without_splice(call: Call, splice: dict[str, Any]) -> None:
     """Deliver by plain ASGI messages; slower, for foreign servers.
 
-    Raises: ClientGone. Cancellation: the upstream is aborted.
+    Raises: UpstreamError for a cut answer that has no way to say so.
+    Cancellation: the upstream is aborted.
     """
     source = splice["source"]
     inbox = _Inbox(splice["pipe"])
     lines: bytes = splice["head"]
     headers = [(n, v) for n, _, v in (line.partition(b": ") for line in lines.split(b"\r\n") if line)]
-    watcher = asyncio.ensure_future(_watch(call, inbox))
     try:
         await call.send({"type": "http.response.start", "status": splice["status"], "headers": headers})
         source.attach(inbox)
@@ -226,20 +229,62 @@ async def without_splice(call: Call, splice: dict[str, Any]) -> None:
                 inbox.waiter = Waiter()
                 await inbox.waiter
         splice["outcome"] = ended
-        if ended == "client_gone":
-            raise ClientGone
         if ended == "upstream_failed" and not splice["keepalive"]:
             raise UpstreamError("lost", "the answer was cut")  # the server cuts the connection
         await call.send({"type": "http.response.body", "body": b""})
     finally:
-        watcher.cancel()
         source.abort()
 
 
-async def _watch(call: Call, inbox: _Inbox) -> None:
-    """Wait for the client's departure."""
-    while (await call.receive())["type"] != "http.disconnect":
-        pass
-    if not inbox.outcome:
-        inbox.outcome = "client_gone"
-        inbox.wake()
+async def attended(call: Call, work: Callable[[Call], Awaitable[None]]) -> None:
+    """Do the work of a call, and cancel it when its client leaves.
+
+    nbgate's own server throws `CancelledError` into an app whose client left;
+    others only answer `receive`, so that someone must ask. The work runs in a
+    task of its own. Raises: ClientGone, and what the work raises. Cancellation:
+    the work is cancelled, and over when this ends.
+    """
+    ears = _Ears(call)
+    task = asyncio.ensure_future(work(call))
+    watcher = asyncio.ensure_future(ears.departure())
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        watcher.cancel()
+        left = not task.done()
+        if left:
+            task.cancel()
+            await asyncio.wait((task,))
+    if left and (task.cancelled() or task.exception() is not None):
+        raise ClientGone
+    task.result()
+
+
+class _Ears:
+    """Hear the departure of a client, once its body was read.
+
+    `receive` may have one caller at a time: first the call, for the body.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._receive = call.receive
+        self._read = asyncio.Event()
+        self._gone = False
+        if call.scope["method"] == "POST":
+            call.receive = self.receive
+        else:
+            self._read.set()
+
+    async def receive(self) -> dict[str, Any]:
+        """Hand on a part of the body."""
+        message = await self._receive()
+        self._gone = message["type"] != "http.request"
+        if self._gone or not message.get("more_body"):
+            self._read.set()
+        return message
+
+    async def departure(self) -> None:
+        """Return when the client has left."""
+        await self._read.wait()
+        while not self._gone:
+            self._gone = (await self._receive())["type"] != "http.request"

@@ -30,7 +30,7 @@ class JsonScan:
 
     `usage`: the last object named so at the top, or one below a top-level
     member of `nested`. `words`: `id`, `model`, `type` at the top, and `X.id`
-    for a nested X. `error`: a top-level error that is an object or a string.
+    for a nested X. `error`: a top-level error that is an object or a string, and not empty.
     """
 
     __slots__ = (
@@ -99,7 +99,7 @@ class JsonScan:
         """Keep a string value that is asked for."""
         word, key = self._word, self._key
         self._word = None
-        if self._depth == 1 and key == b"error":
+        if word and self._depth == 1 and key == b"error":
             self.error = True
         if word is None or len(word) > WORD_MAX:
             return
@@ -129,6 +129,8 @@ class JsonScan:
             return end
         self._in_string = True
         depth = self._depth
+        if depth == 2 and self._outer == b"error":  # an empty object is no error
+            self.error = True
         # PERF: strings deeper than the members we read are skipped by one find.
         self._reads = depth == 1 or (depth == 2 and self._outer in self._nested)
         self._word = bytearray() if self._reads else None
@@ -152,8 +154,6 @@ class JsonScan:
                 self._close()
                 continue
             key, depth = self._key, self._depth
-            if depth == 1 and key == b"error" and mark == 123:
-                self.error = True
             own = depth == 1 or (depth == 2 and self._outer in self._nested)
             if own and key == b"usage" and mark == 123:
                 self._begin(data, at, i)

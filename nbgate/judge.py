@@ -124,7 +124,9 @@ def retry_after(headers: dict[bytes, bytes]) -> float | None:
     return None
 
 
-def passed_on(failure: Failure, call: Call, out: Outbound, names: dict[str, Any]) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+def passed_on(
+    failure: Failure, call: Call, out: Outbound, names: dict[str, Any]
+) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
     """Write an upstream's own refusal for our client: status, body, headers."""
     headers: list[tuple[bytes, bytes]] = []
     if failure.retry_after_s is not None and failure.status in (429, 529):

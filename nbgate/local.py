@@ -81,7 +81,9 @@ async def _metrics(call: Call) -> None:
     # APPSEC: names of channels and models are the operator's business.
     if not _from_metrics_network(call):
         if call.values[AUTHORIZATION] is None and call.values[X_API_KEY] is None:
-            raise GateError("invalid_api_key", "The metrics need the admin key, or an address in admin.metrics_networks.")
+            raise GateError(
+                "invalid_api_key", "The metrics need the admin key, or an address in admin.metrics_networks."
+            )
         if not call.authenticate("openai").admin:
             raise GateError("permission_denied")
     render = call.app.metrics.prepare()
@@ -107,7 +109,6 @@ def _models(call: Call) -> list[str]:
 
 
 async def _model_list(call: Call) -> None:
-    call.check("models.list", None)
     names = _models(call)
     if call.family == "gemini":
         body: dict[str, Any] = {"models": [_gemini_model(name) for name in names]}
@@ -124,11 +125,12 @@ async def _model_list(call: Call) -> None:
 
 
 async def _model_get(call: Call) -> None:
-    call.check("models.get", None)
     assert call.match is not None
     name = call.match.params["id"]
     if name not in _models(call):
-        raise GateError("model_not_found", f"The model `{name[:100]}` does not exist or you do not have access to it.", "model")
+        raise GateError(
+            "model_not_found", f"The model `{name[:100]}` does not exist or you do not have access to it.", "model"
+        )
     if call.family == "gemini":
         body = _gemini_model(name)
     elif call.values[ANTHROPIC_VERSION] is not None:

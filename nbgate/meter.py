@@ -308,7 +308,8 @@ class JsonPipe:
         self.ended = True
         scan = self._scan
         if scan is not None:
-            self._raw, self.error = scan.usage, scan.error
+            self._raw = scan.usage
+            self.error = scan.error or scan.words.get(b"type") == "error"
             self.response_id = scan.words.get(b"id", "")
             self.model = scan.words.get(b"model", "")
         elif self._first:

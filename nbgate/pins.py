@@ -94,7 +94,7 @@ class Pins:
     def note(self, conn: Connection, dialect: str, target: Target, call: Call) -> None:
         """Remember who made a stored object, before the client sees its id."""
         pattern = _ID.get(dialect)
-        if pattern is None or call.key is None or not call.stores:
+        if pattern is None or call.key is None:
             return
         found = pattern.search(conn.buffered[:HEAD_BYTES])
         if found is not None:

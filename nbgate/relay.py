@@ -23,7 +23,7 @@ from nbgate import body as bodies
 from nbgate import deliver, judge
 from nbgate.auth import strip_query
 from nbgate.call import ANTHROPIC_VERSION, Call, monotonic
-from nbgate.channels import Candidates, Dice, Target, choose, forgive, mark_failed, mark_limited, mark_ok
+from nbgate.channels import FREE_FAILURES, Candidates, Dice, Target, choose, forgive, mark_failed, mark_limited, mark_ok
 from nbgate.errors import GateError
 from nbgate.judge import Failure
 from nbgate.outbound import Outbound, version_line
@@ -60,9 +60,14 @@ async def relay(call: Call) -> None:
     Raises: GateError for what the client is told, ClientGone. Cancellation: the
     upstream is aborted and the client's departure is logged.
     """
-    assert call.match is not None
-    plan = await _plan(call, call.match)
-    call.admit(_reserve(plan) if call.key is not None and _counts_tokens(call) else 0)
+    raw = b""
+    if call.scope["method"] == "POST":
+        # PERF: a small body is there with its head, and costs no coroutine then.
+        ready: bytes | None = call.scope.get("nbgate.body")
+        raw = await call.body() if ready is None else call.decoded(ready)
+    plan = _plan(call, raw)
+    raw = b""
+    _admit(call, plan)
     app = call.app
     app.budget.call(call.started)
     tried: list[Target] = []
@@ -84,7 +89,7 @@ async def relay(call: Call) -> None:
 
 def _may_retry(call: Call, failure: Failure, target: Target) -> bool:
     """Ask the retry budget; dial failures and a target's first ones are free."""
-    if failure.free or target.strikes <= 5 and not target.outs:
+    if failure.free or (target.strikes <= FREE_FAILURES and not target.outs):
         return True
     return call.app.budget.allows(monotonic())
 
@@ -92,7 +97,10 @@ def _may_retry(call: Call, failure: Failure, target: Target) -> bool:
 # plan
 
 
-async def _plan(call: Call, match: Match) -> Plan:
+def _plan(call: Call, raw: bytes) -> Plan:
+    """Read what is asked and find who serves it. Raises: GateError 400, 403, 404."""
+    match = call.match
+    assert match is not None
     route = match.route
     query: bytes = call.scope["query_string"]
     path = match.upstream_path
@@ -100,18 +108,15 @@ async def _plan(call: Call, match: Match) -> Plan:
         kept = strip_query(query)
         path = path + b"?" + kept if kept else path
     plan = Plan(match, path)
-    assert call.key is not None
-    if call.scope["method"] == "POST":
-        raw = plan.raw = await call.body()
-        if raw or route.billed == "usage":
-            fields = plan.fields = bodies.read(raw, route.dialect)
-            plan.stream = fields.stream
-            call.stores = fields.store if fields.store is not None else route.dialect == "responses"
-            plan.model = fields.model or call.state.default_models.get(route.dialect, "")
     log = call.record
-    log.model = plan.model
-    log.stream = plan.stream
-    call.check(route.operation, plan.model or None)
+    if raw or (route.billed == "usage" and call.scope["method"] == "POST"):
+        plan.raw = raw
+        plan.fields = fields = bodies.read(raw, route.dialect)
+        log.stream = plan.stream = fields.stream
+        log.model = plan.model = fields.model or call.state.default_models.get(route.dialect, "")
+        store = fields.store
+        call.stores = route.dialect == "responses" if store is None else store
+    call.check(plan.model or None)
     _find(call, plan)
     return plan
 
@@ -148,17 +153,17 @@ def _nobody_serves(call: Call, plan: Plan) -> GateError:
     return GateError("model_not_found", text, param="model")
 
 
-def _counts_tokens(call: Call) -> bool:
+def _admit(call: Call, plan: Plan) -> None:
+    """Take the caller's rates. Raises: GateError 429."""
     key = call.key
-    return key is not None and bool(key.limits.tpm or key.account_limits.tpm)
-
-
-def _reserve(plan: Plan) -> int:
-    """Estimate tokens without a tokenizer: bytes / 3 + what may come out."""
-    fields = plan.fields
-    if fields is None:
-        return 0
-    return len(plan.raw) // 3 + min(fields.max_tokens or 1024, 1024) * (fields.n or 1)
+    assert key is not None
+    tokens = 0
+    if key.limits.tpm or key.account_limits.tpm:
+        # An estimate without a tokenizer: bytes / 3 + what may come out.
+        fields = plan.fields
+        if fields is not None:
+            tokens = len(plan.raw) // 3 + min(fields.max_tokens or 1024, 1024) * (fields.n or 1)
+    call.admit(tokens)
 
 
 # try
@@ -173,27 +178,37 @@ async def _try(call: Call, plan: Plan, target: Target) -> Failure | None:
     parts = _parts(call, plan, target)
     timeouts = out.stream if plan.stream else out.plain
     pool = call.app.pool
+    fresh = False
     target.in_flight += 1
     try:
-        for fresh in (False, True):
+        while True:
             conn = None if fresh else pool.idle(out.endpoint)
             try:
                 if conn is None:
                     conn = await pool.acquire(out.endpoint, timeouts.connect_s, fresh)
                 conn.send(parts, timeouts, judge.ready, call.state.keepalive_s if plan.stream else 0.0)
                 await conn.answer()
+                break
             except UpstreamError as exc:
-                if not fresh and _is_stale(exc):
-                    continue
-                return _failed(call, plan.stream, target, exc, conn is not None and conn.status != 0)
+                if fresh or not _is_stale(exc):
+                    return _failed(call, plan.stream, target, exc, conn is not None and conn.status != 0)
+                fresh = True
             except asyncio.CancelledError:
                 if conn is not None:
                     conn.abort()
                 raise
-            return await _judge(call, plan, target, conn)
+        failure = judge.answer(conn, plan.match.route.dialect)
+        if failure is not None:
+            return _refused(plan, target, conn, failure)
+        mark_ok(target)
+        if call.stores:
+            call.app.pins.note(conn, plan.match.route.dialect, target, call)
+        pipe = deliver.pipe_for(call, plan, conn)
+        plan.raw, plan.fields, parts = b"", None, []  # a stream may be long: what was sent is not kept
+        await deliver.deliver(call, plan, conn, pipe)
+        return None
     finally:
         target.in_flight -= 1
-    raise AssertionError("a fresh connection is never stale")
 
 
 def _is_stale(exc: UpstreamError) -> bool:
@@ -236,35 +251,14 @@ def _strike(target: Target) -> None:
         logger.warning("channel %s is out after failures in a row", target.label)
 
 
-async def _judge(call: Call, plan: Plan, target: Target, conn: Connection) -> Failure | None:
-    """Deliver a good answer; else take what is needed of it and let go."""
-    failure = judge.answer(conn, plan.match.route.dialect)
-    if failure is None:
-        mark_ok(target)
-        await _deliver(call, plan, target, conn)
-        return None
+def _refused(plan: Plan, target: Target, conn: Connection, failure: Failure) -> Failure:
+    """Let go of a bad answer, and mark the target for it."""
     conn.abort()
     if failure.strike:
         _strike(target)
     elif failure.limits:
         mark_limited(target, plan.model, monotonic(), failure.retry_after_s)
     return failure
-
-
-async def _deliver(call: Call, plan: Plan, target: Target, conn: Connection) -> None:
-    pipe = deliver.pipe_for(call, plan, conn)
-    call.app.pins.note(conn, plan.match.route.dialect, target, call)
-    call.begun = True
-    log = call.record
-    log.status = conn.status
-    message = deliver.message(call, plan, conn, pipe)
-    try:
-        if "nbgate.splice" in call.scope.get("extensions", ()):
-            await call.send(message)
-        else:
-            await deliver.without_splice(call, message)
-    finally:
-        deliver.settle(call, pipe, conn, message)
 
 
 # give up
@@ -287,7 +281,7 @@ async def _give_up(call: Call, plan: Plan, tried: list[Target], failures: list[F
     verbatim = tried[-1].channel.upstream_errors == "verbatim"
     status, body, headers = judge.passed_on(last, call, out, {**names, "verbatim": verbatim})
     log = call.record
-    log.error = "upstream_%d" % last.status
+    log.error = f"upstream_{last.status}"
     log.error_source = "upstream"
     log.outcome = "upstream_refused"
     await call.answer(status, b"application/json", body, headers)

@@ -181,6 +181,8 @@ class Worker:
         try:
             config = await self.loop.run_in_executor(None, load, self.args.config, None, self.args.name)
             self.app.swap(config)
+            # Whoever rotates the log says so by SIGHUP.
+            self.app.access.reopen()
         except Exception as exc:
             logger.error("reload failed, the old configuration stays: %s", exc)
             return
