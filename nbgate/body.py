@@ -126,8 +126,8 @@ class Fields:
             try:
                 self._merge = orjson.dumps({**value, "include_usage": True})
             except TypeError:  # integers beyond 64 bits, which the decoder takes
-                text = "`stream_options` holds a value that cannot be written."
-                raise GateError("invalid_value", text, param="stream_options") from None
+                why = "`stream_options` holds a value that cannot be written."
+                raise GateError("invalid_value", why, param="stream_options") from None
 
     def value(self, name: str) -> Any:
         """Decode a top-level member, None if it is absent."""

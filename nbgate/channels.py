@@ -138,10 +138,7 @@ class Table:
         return found
 
     def _serves(self, channel: Channel, groups: tuple[str, ...]) -> bool:
-        for group in groups:
-            if group in channel.groups or channel.name in self._groups.get(group, ()):
-                return True
-        return False
+        return any(group in channel.groups or channel.name in self._groups.get(group, ()) for group in groups)
 
     def named(self, name: str) -> Candidates:
         """Give the targets of one channel, whatever it serves."""

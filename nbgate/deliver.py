@@ -86,7 +86,7 @@ async def deliver(call: Call, plan: Plan, conn: Connection, pipe: MeteredPipe) -
         "outcome": "",
     }
     try:
-        if answer is not None:
+        if "nbgate.splice" in call.scope.get("extensions", ()):
             await call.send(message)
         else:
             await without_splice(call, message)

@@ -83,6 +83,8 @@ def failure(exc: Exception) -> GateError:
     if isinstance(exc, GateError):
         return exc
     kind = getattr(exc, "kind", "")
+    if kind == "drained":
+        return GateError("service_unavailable", "The gateway is shutting down.")
     if isinstance(kind, str) and kind.startswith("timeout"):
         return GateError("upstream_timeout")
     return GateError("upstream_error", "The connection to the model's provider was lost.")
@@ -98,14 +100,29 @@ class SsePipe:
     """
 
     __slots__ = (
-        "_dialect", "_framer", "_hide", "_last", "_long", "_m1", "_m2", "_m3", "_null", "_raw", "_request_id",
-        "_tracks", "begun", "delivered", "ended", "error", "response_id",
+        "_dialect",
+        "_framer",
+        "_hide",
+        "_hollow",
+        "_last",
+        "_long",
+        "_m1",
+        "_m2",
+        "_m3",
+        "_raw",
+        "_request_id",
+        "_tracks",
+        "begun",
+        "delivered",
+        "ended",
+        "error",
+        "response_id",
     )  # fmt: skip
 
     def __init__(self, dialect: str, *, hide_usage: bool, hold_bytes: int = HOLD_BYTES, request_id: str = "") -> None:
         self._dialect: Dialect = DIALECTS[dialect]
         self._m1, self._m2, self._m3 = self._dialect.marks
-        self._null = self._dialect.null_usage
+        self._hollow = self._dialect.null_usage
         self._hide = hide_usage
         self._framer = Framer(hold_bytes)
         self._long: JsonScan | None = None
@@ -220,7 +237,7 @@ class SsePipe:
 
         NOTE: with include_usage every chunk says "usage":null.
         """
-        null = self._null
+        null = self._hollow
         if not null or whole.find(self._m2) >= 0 or whole.find(self._m3) >= 0:
             return False
         return whole.count(self._m1) == whole.count(null)

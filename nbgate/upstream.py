@@ -15,6 +15,7 @@ import asyncio
 import functools
 import logging
 import time
+from typing import cast
 
 import msgspec
 
@@ -291,7 +292,7 @@ class Pool:
         self.total += 1
         self.dials += 1
         wire = Wire(self, lane)
-        task = self._loop.create_task(self._dialer.dial(lane.endpoint, wire, claim.connect_s))
+        task = self._loop.create_task(self._dialer.dial(lane.endpoint, cast(asyncio.Protocol, wire), claim.connect_s))
         self._tasks.add(task)
         task.add_done_callback(functools.partial(self._dialled, claim, wire))
 

@@ -37,8 +37,8 @@ MAX_INTERIM = 16  # 1xx answers before the final one
 HEAD, BODY, ENDED, EXCESS = range(4)
 
 
-class Wire(asyncio.Protocol):
-    """Hold one upstream socket and its parser; serve exchanges in turn."""
+class Wire:
+    """Hold one upstream socket and its parser; an asyncio protocol by its methods."""
 
     __slots__ = (
         "chunked", "count", "exchange", "feed", "generation", "gone", "idle_since", "interim", "keep", "lane", "mark",

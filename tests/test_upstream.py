@@ -445,7 +445,11 @@ def test_acquire_and_answer_run_without_a_task() -> None:
 
             def step() -> None:
                 with contextlib.suppress(StopIteration):
-                    waiter = coro.send(None)
+                    Waiter.driven = True
+                    try:
+                        waiter = coro.send(None)
+                    finally:
+                        Waiter.driven = False
                     assert isinstance(waiter, Waiter), "eager apps meet waiters alone, outside any task"
                     waiter.resume = step
 

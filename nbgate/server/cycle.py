@@ -41,7 +41,6 @@ class Cycle:
         "_body_given",
         "_chunks",
         "_coro",
-        "_expects_continue",
         "_http10",
         "_left",
         "_receive_waiter",
@@ -53,8 +52,10 @@ class Cycle:
         "chunked",
         "counted",
         "ended",
+        "expects_continue",
         "gone",
         "head_only",
+        "head_sent",
         "keep_alive",
         "protocol",
         "raw_path",
@@ -71,7 +72,7 @@ class Cycle:
         self.head_only = head.method == "HEAD"
         self.raw_path = head.raw_path
         self._http10 = head.version == "1.0"
-        self._expects_continue = head.expects_continue
+        self.expects_continue = head.expects_continue  # until 100 is sent or the body comes
         self.scope: dict[str, Any] = {
             "type": "http",
             "asgi": _ASGI,
@@ -103,6 +104,7 @@ class Cycle:
         # answer
         self._start: dict[str, Any] | None = None
         self._left = -1  # bytes of a content-length that the app named; -1 = none
+        self.head_sent = False
         self.chunked = False
         self.ended = False
         self.gone = False
@@ -129,13 +131,25 @@ class Cycle:
         server = self.protocol.server
         app = server.app
         if server.eager:
-            self._coro = app(self.scope, self.receive, self.send)
+            # PERF: a whole body and a whole answer pass without a coroutine each.
+            if self.body_done and len(self._chunks) <= 1:
+                self.scope["nbgate.body"] = self._chunks[0] if self._chunks else b""
+            self.scope["nbgate.answer"] = self.answer
+        try:
+            coro = app(self.scope, self.receive, self.send)
+        except Exception as exc:
+            self._finished(exc)
+            return
+        if server.eager:
+            self._coro = coro
             self._step()
         else:
-            self._task = server.loop.create_task(app(self.scope, self.receive, self.send))
-            self._task.add_done_callback(self._task_done)
+            self._task = task = server.loop.create_task(coro)
+            server.tasks.add(task)
+            task.add_done_callback(self._task_done)
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
+        self.protocol.server.tasks.discard(task)
         exc = None if task.cancelled() else task.exception()
         self._finished(exc)
 
@@ -144,13 +158,17 @@ class Cycle:
         if coro is None:
             return
         self._blocked = None
+        outer, Waiter.driven = Waiter.driven, True
         try:
             awaited = coro.send(None)
         except StopIteration:
+            Waiter.driven = outer
             self._finished(None)
         except (Exception, asyncio.CancelledError) as exc:
+            Waiter.driven = outer
             self._finished(exc)
         else:
+            Waiter.driven = outer
             self._suspend(awaited)
 
     def _suspend(self, awaited: Any) -> None:
@@ -158,7 +176,7 @@ class Cycle:
         if type(awaited) is Waiter:
             awaited.resume = self._step
         elif awaited is None:
-            self.protocol.server.loop.call_soon(self._step)
+            self._blocked = self.protocol.server.loop.call_soon(self._step)
         else:
             # The asyncio protocol of a yielded Future: see asyncio.tasks.Task.__step.
             awaited._asyncio_future_blocking = False
@@ -173,24 +191,31 @@ class Cycle:
         if type(blocked) is Waiter:
             blocked.resume = None
             blocked.done = True
-        elif blocked is not None:
+        elif hasattr(blocked, "remove_done_callback"):
             blocked.remove_done_callback(self._step)
+        else:
+            blocked.cancel()  # the handle of a bare yield
+        outer, Waiter.driven = Waiter.driven, True
         try:
             awaited = coro.throw(asyncio.CancelledError())
         except StopIteration:
+            Waiter.driven = outer
             self._finished(None)
         except (Exception, asyncio.CancelledError) as exc:
+            Waiter.driven = outer
             self._finished(exc)
         else:
+            Waiter.driven = outer
             self._suspend(awaited)
 
     def _finished(self, exc: BaseException | None) -> None:
         self._coro = self._task = None
         self.app_done = True
         if exc is not None and not (self.gone and isinstance(exc, asyncio.CancelledError)):
-            logger.error("app failed on %s", self.scope["path"][:200], exc_info=exc)
+            # APPSEC: the raw path, since a decoded one may hold line feeds and escapes.
+            logger.error("app failed on %s", self.raw_path[:200].decode("latin-1"), exc_info=exc)
         if not self.gone and not self.ended:
-            if self._start is None and self.splice is None:
+            if not self.head_sent:
                 self.refuse(500, "internal_server_error", "The server had an error while processing your request.")
             else:
                 self.keep_alive = False
@@ -199,7 +224,7 @@ class Cycle:
 
     def refuse(self, status: int, code: str, message: str) -> None:
         """Answer without the app."""
-        lines, body = self.protocol.settings.reject(status, code, message, self.raw_path)
+        lines, body = self.protocol.server.reject(status, code, message, self.raw_path)
         self.keep_alive = False
         self.respond(status, lines, body)
 
@@ -230,9 +255,10 @@ class Cycle:
             if not self._body_given:
                 if self._chunks or self.body_done:
                     return self._take()
-                if self._expects_continue and self._start is None:
-                    self._expects_continue = False
+                if self.expects_continue and self._start is None:
+                    self.expects_continue = False
                     self.write(_CONTINUE)
+                    self.protocol.restart_body_clock()
             elif self.ended:
                 break
             self._receive_waiter = waiter = Waiter()
@@ -243,6 +269,7 @@ class Cycle:
         chunks = self._chunks
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._chunks = []
+        self.expects_continue = False
         self._body_given = done = self.body_done
         self.buffered = 0
         if not done:
@@ -253,19 +280,22 @@ class Cycle:
         """Take one message of the answer."""
         kind = message["type"]
         if kind == "nbgate.splice":
-            if self._start is not None:
-                raise RuntimeError("nbgate.splice after http.response.start")
+            if self._start is not None or self.head_sent:
+                raise RuntimeError("nbgate.splice after the start of an answer")
             if self.gone:
                 message["source"].abort()
                 message["outcome"] = "client_gone"
                 return
             splice = Splice(self, message)
             self._chunks = []
+            self.scope.pop("nbgate.body", None)
             await splice.run(message["status"], message["head"])
             message["outcome"] = splice.outcome
         elif kind == "http.response.start":
             if self._start is not None:
                 raise RuntimeError("http.response.start sent twice")
+            if not 200 <= message["status"] <= 999:
+                raise RuntimeError(f"status {message['status']!r} is not one of a final answer")
             self._start = message
         elif kind == "http.response.body":
             if self._start is None:
@@ -274,34 +304,46 @@ class Cycle:
         else:
             raise RuntimeError(f"unknown ASGI message {kind!r}")
 
+    def answer(self, status: int, lines: bytes, body: bytes) -> str:
+        """Take a whole answer; `lines` are ready header lines without framing.
+
+        Returns the outcome: `complete` or `client_gone`.
+        """
+        if self._start is not None or self.head_sent:
+            raise RuntimeError("nbgate.answer after the start of an answer")
+        if self.gone:
+            return "client_gone"
+        self.respond(status, lines, body)
+        return "complete"
+
     async def _body(self, body: bytes, more: bool) -> None:
         if self.gone or self.ended:
             return
         start = self._start
         assert start is not None
-        if "sent" not in start:
-            start["sent"] = True
+        if not self.head_sent:
             lines, length = self._lines(start.get("headers", ()))
             status = start["status"]
             if not more:
-                self._check_length(length, len(body))
+                self._check_length(status, length, len(body))
                 self.respond(status, lines, body, length)
                 return
-            self._left = -1 if length is None else length
             self.write(self.head(status, lines, length))
+            self._left = -1 if length is None or self.head_only else length
         self._part(body, more)
         if more and self.protocol.paused:
             await self.protocol.writable()
 
-    def _check_length(self, length: int | None, size: int) -> None:
-        if length is not None and length != size and not self.head_only:
+    def _check_length(self, status: int, length: int | None, size: int) -> None:
+        if length is not None and length != size and not self.head_only and status not in (204, 304):
             raise RuntimeError(f"content-length said {length}, the body has {size} bytes")
 
     def _part(self, body: bytes, more: bool) -> None:
         if self._left >= 0:
-            self._left -= len(body)
-            if self._left < 0 or (not more and self._left):
+            left = self._left - len(body)
+            if left < 0 or (not more and left):
                 raise RuntimeError("the body does not have the length that content-length said")
+            self._left = left
         if self.head_only:
             body = b""
         elif self.chunked:
@@ -311,7 +353,13 @@ class Cycle:
         if body:
             self.write(body)
         if not more:
-            self.ended = True
+            self._end()
+
+    def _end(self) -> None:
+        self.ended = True
+        if self._receive_waiter is not None:  # a Task of the app waits for the disconnect
+            waiter, self._receive_waiter = self._receive_waiter, None
+            waiter.wake()
 
     def _lines(self, headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, int | None]:
         length = None
@@ -335,7 +383,9 @@ class Cycle:
         """Return the whole response head; settles framing and keep-alive."""
         protocol = self.protocol
         server = protocol.server
+        self.head_sent = True
         if status in (204, 304):
+            self.head_only = True
             framing = b""
         elif length is not None:
             framing = b"content-length: %d\r\n" % length
@@ -345,7 +395,9 @@ class Cycle:
         else:
             self.chunked = not self.head_only
             framing = b"transfer-encoding: chunked\r\n"
-        if self.keep_alive and (protocol.body is not None or server.draining or protocol.exhausted()):
+        if self.keep_alive and (
+            protocol.body is not None or server.draining or server.overloaded or protocol.exhausted()
+        ):
             self.keep_alive = False
         if not self.keep_alive:
             connection = b"connection: close\r\n\r\n"
@@ -359,16 +411,14 @@ class Cycle:
         """Write a whole answer at once."""
         if self.gone:
             return
-        if status in (204, 304):
-            body = b""
         head = self.head(status, lines, len(body) if length is None else length)
-        self.ended = True
         if self.head_only or not body:
             self.transport.write(head)
         elif len(body) <= 65536:
             self.transport.write(head + body)
         else:
             self.transport.writelines((head, body))
+        self._end()
 
     def truncate(self, status: int, lines: bytes, length: int, body: bytes) -> None:
         """Write an answer that its source cut short, and close."""
@@ -393,7 +443,7 @@ class Cycle:
 
     def unspliced(self, splice: Splice) -> None:
         """A splice ended."""
-        self.ended = True
+        self._end()
         if self.splice is splice:
             self.splice = None
             self.protocol.server.splices.discard(splice)

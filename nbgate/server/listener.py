@@ -15,12 +15,11 @@ import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 from .protocol import HttpProtocol
-from .settings import Settings, Stats
+from .settings import Rejection, Settings, Stats, plain_rejection
 from .splice import Splice
-from .waiter import Waiter
 
 __all__ = ["Server", "Settings", "Stats"]
 
@@ -36,18 +35,20 @@ class Server:
         self.app = app
         self.settings = settings or Settings()
         self.eager = bool(getattr(app, "nbgate_eager", False))
+        # An app may word the answers to what it never sees: see `settings.plain_rejection`.
+        self.reject: Rejection = getattr(app, "nbgate_reject", plain_rejection)
         self.stats = Stats()
         self.draining = False
         self.overloaded = False  # set from outside: new requests get no keep-alive
         self.connections: set[HttpProtocol] = set()
         self.splices: set[Splice] = set()
+        self.tasks: set[asyncio.Task[None]] = set()  # of apps that are not eager
         self.now = clock()
         self.date_line = _date_line()
         self.loop: asyncio.AbstractEventLoop
         self._clock = clock
         self._servers: list[asyncio.AbstractServer] = []
         self._ticker: asyncio.TimerHandle | None = None
-        self._empty: Waiter | None = None
         self._addresses: dict[str, int] = {}
         self._lifespan = Lifespan(app)
 
@@ -57,7 +58,10 @@ class Server:
         await self._lifespan.startup()
         self._tick()
         for sock in socks:
-            self._servers.append(await self.loop.create_server(lambda: HttpProtocol(self), sock=sock, backlog=4096))
+            self._servers.append(await self.loop.create_server(self._protocol, sock=sock, backlog=4096))
+
+    def _protocol(self) -> asyncio.BaseProtocol:
+        return cast(asyncio.BaseProtocol, HttpProtocol(self))
 
     def stop_accepting(self) -> None:
         """Close the listening sockets of this process."""
@@ -97,8 +101,11 @@ class Server:
             self._ticker.cancel()
         for protocol in tuple(self.connections):
             protocol.cut()
-        while self.connections:
-            await asyncio.sleep(0)
+        for task in self.tasks:
+            task.cancel()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=1.0)
+        await self._until_empty(self._clock() + 1.0, streams=True)
         await self._lifespan.shutdown()
 
     # connections
@@ -132,16 +139,16 @@ class Server:
 
     def _tick(self) -> None:
         """Move the clock, look at every deadline, feed silent streams."""
+        settings = self.settings
+        self._ticker = self.loop.call_later(settings.tick_s, self._tick)  # first: whatever fails below, time goes on
         self.now = now = self._clock()
         self.date_line = _date_line()
-        settings = self.settings
         # Envoy's scaled timeouts: idle connections go first when the bound comes near.
         crowded = len(self.connections) > 0.85 * settings.max_connections
         for protocol in tuple(self.connections):
             protocol.tick(now, crowded)
         for splice in tuple(self.splices):
             splice.tick(settings.tick_s, settings.stream_keepalive_s)
-        self._ticker = self.loop.call_later(settings.tick_s, self._tick)
 
 
 class Lifespan:
@@ -161,8 +168,9 @@ class Lifespan:
             await self._app(scope, receive, self._outbox.put)
         except Exception:
             logger.debug("app without lifespan", exc_info=True)
-        self._supported = False
-        await self._outbox.put({"type": "lifespan.none"})
+        finally:
+            self._supported = False
+            self._outbox.put_nowait({"type": "lifespan.none"})
 
     async def startup(self) -> None:
         """Send startup; an app that knows no lifespan is fine."""

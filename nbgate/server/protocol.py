@@ -24,18 +24,16 @@ if TYPE_CHECKING:
     from .listener import Server
 
 _NEVER = float("inf")
-_MAX_LEADING_CRLF = 8  # RFC 9112 2.2: at least one empty line before the request line is ignored
 
 
-class HttpProtocol(asyncio.Protocol):
-    """Serve one connection."""
+class HttpProtocol:
+    """Serve one connection; an asyncio protocol by its methods."""
 
     __slots__ = (
         "_advancing",
         "_body_at",
         "_body_bytes",
         "_drain_waiter",
-        "_fed",
         "_head",
         "_held",
         "_lingered",
@@ -78,7 +76,6 @@ class HttpProtocol(asyncio.Protocol):
         # request
         self._head: RequestHead | None = None
         self._held: bytearray | None = None
-        self._fed = 0
         self.body: LengthBody | ChunkedBody | None = None
         self._body_at = 0.0
         self._body_bytes = 0
@@ -111,7 +108,7 @@ class HttpProtocol(asyncio.Protocol):
             self._pipelined(data)
 
     def eof_received(self) -> None:
-        self._gone()
+        self._gone()  # and uvloop closes, since this returns None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closing = True
@@ -128,20 +125,26 @@ class HttpProtocol(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.paused = False
+        self._wake_writer()
+        cycle = self.cycle
+        if cycle is None:
+            self.body_taken()
+            self._go_on()
+        elif cycle.splice is not None and not self.paused:
+            cycle.splice.source.resume()
+
+    def _wake_writer(self) -> None:
         waiter, self._drain_waiter = self._drain_waiter, None
         if waiter is not None:
             waiter.wake()
-        cycle = self.cycle
-        if cycle is not None and cycle.splice is not None:
-            cycle.splice.source.resume()
 
     # requests
 
     def _advance(self, data: bytes) -> None:
-        """Read requests one after the other, as long as answers keep up."""
+        """Read requests one after the other, as long as answers and the client keep up."""
         self._advancing = True
         try:
-            while data and self.cycle is None and not self.closing:
+            while data and self.cycle is None and not self.closing and not self.paused:
                 data = self._read_head(data)
         except WireError as exc:
             self._broken(exc)
@@ -155,10 +158,21 @@ class HttpProtocol(asyncio.Protocol):
         if self.closing:
             return
         self._pending = self._pending + data if self._pending else data
-        if len(self._pending) > self.settings.pipelined_bytes and self.cycle is not None:
-            # NOTE: what was read in one go with the request counts too; it stays for after the answer.
-            self.cycle.keep_alive = False
-            self._pending = b""
+        if len(self._pending) > self.settings.pipelined_bytes:
+            if self.cycle is None:  # the client does not read its answers: nor do we read on
+                if not self.reading_paused:
+                    self.reading_paused = True
+                    self.transport.pause_reading()
+            else:
+                # NOTE: one byte stays, so that the close lingers: a reset would overtake the answer.
+                self.cycle.keep_alive = False
+                self._pending = self._pending[:1]
+
+    def _go_on(self) -> None:
+        """Read what came while an answer was under way."""
+        if self._pending and not self._advancing:
+            data, self._pending = self._pending, b""
+            self._advance(data)
 
     def _read_head(self, data: bytes) -> bytes:
         """Read a head, and start its cycle when it is whole; return the rest."""
@@ -170,23 +184,36 @@ class HttpProtocol(asyncio.Protocol):
                 if data:
                     self._head = RequestHead()
                     self._held = bytearray()
-                    self._fed = 0
-                    self.deadline = self.server.now + self.settings.head_timeout_s
+                    if data != b"\r":  # half an empty line is no head yet
+                        self.deadline = self.server.now + self.settings.head_timeout_s
                     return self._read_partial(data)
                 return b""
-            head = RequestHead()
-            if end > self.settings.max_line_bytes:
-                self._check_sizes(data[:end])
-            head.feed(data[:end])
-            return self._begin(head, data[end:])
+            return self._begin(self._whole_head(data, end), data[end:])
         return self._read_partial(data)
 
+    def _whole_head(self, data: bytes, end: int) -> RequestHead:
+        """Read a head that came in one piece. Raises: WireError."""
+        max_headers = self.settings.max_headers
+        head = RequestHead()
+        lines = data[: end - 4]
+        if end > self.settings.max_line_bytes:
+            self._check_sizes(data[:end])
+        elif head.recall(lines, max_headers):
+            return head
+        else:
+            head = RequestHead()
+        head.feed(data[:end])
+        head.finish(max_headers, data)
+        head.remember(lines)
+        return head
+
     def _skip_empty_lines(self, data: bytes) -> bytes:
+        # RFC 9112 2.2: empty lines before the request line are ignored; they move no deadline.
         rest = data.lstrip(b"\r\n")
         skipped = data[: len(data) - len(rest)]
-        if skipped == b"\r" and not rest:
-            return data  # an empty line that was cut; the head reader holds it
-        if skipped.replace(b"\r\n", b"") or len(skipped) > 2 * _MAX_LEADING_CRLF:
+        if not rest and skipped[-1:] == b"\r":  # an empty line that was cut; the head reader holds it
+            rest, skipped = b"\r", skipped[:-1]
+        if skipped.replace(b"\r\n", b""):
             raise bad("malformed request line")
         return rest
 
@@ -195,14 +222,18 @@ class HttpProtocol(asyncio.Protocol):
         head, held = self._head, self._held
         assert head is not None and held is not None
         known = len(held)
+        if known == 1 and held[0] == 13:  # an empty line before the head, cut in two
+            self._head = self._held = None
+            if data[0] != 10:
+                raise bad("malformed request line")
+            return data[1:]
         held += data
         end = held.find(b"\r\n\r\n", max(0, known - 3)) + 4
-        if end == 4 or (end > 4 and held[:2] == b"\r\n"):  # empty lines before the head, cut in two
-            raise bad("malformed request line")
         if end > 4:
             self._check_sizes(held[:end])
             head.feed(bytes(held[known:end]))
             self._head = self._held = None
+            head.finish(self.settings.max_headers, held)
             return self._begin(head, bytes(held[end:]))
         self._check_sizes(held)
         head.feed(data)
@@ -218,22 +249,21 @@ class HttpProtocol(asyncio.Protocol):
         if len(lines[0]) > bound:
             raise WireError(414, "uri_too_long", f"request line exceeds {bound} bytes")
         if len(head) > self.settings.max_head_bytes or max(map(len, lines)) > bound:
-            raise WireError(431, "request_header_fields_too_large", "request header fields too large")
+            raise WireError(431, "headers_too_large", "request header fields too large")
 
     def _begin(self, head: RequestHead, rest: bytes) -> bytes:
         """Make the cycle of a whole head; return what belongs to the next one."""
         settings = self.settings
-        head.finish(settings.max_headers)
         self._requests += 1
         server = self.server
         server.stats.requests += 1
         length = head.length
-        if length > settings.max_body_bytes:
-            raise WireError(413, "request_too_large", f"request body exceeds {settings.max_body_bytes} bytes")
         cycle = Cycle(self, head)
         self.cycle = cycle
         server.stats.active_requests += 1
         self.deadline = _NEVER
+        if length > settings.max_body_bytes:
+            raise WireError(413, "request_too_large", f"request body exceeds {settings.max_body_bytes} bytes")
         if length == 0:
             cycle.body_done = True
             cycle.start()
@@ -249,6 +279,9 @@ class HttpProtocol(asyncio.Protocol):
         self.deadline = server.now + settings.body_timeout_s
         if head.expects_continue or length > settings.eager_body_bytes:
             cycle.start()
+            if self.cycle is not cycle:  # answered already, without the body
+                self._linger(rest)
+                return b""
         return self._read_body(rest) if rest else b""
 
     def _read_body(self, data: bytes) -> bytes:
@@ -295,11 +328,23 @@ class HttpProtocol(asyncio.Protocol):
         return True
 
     def body_taken(self) -> None:
-        """The app took what was buffered of an unfinished body."""
+        """What was buffered is taken: read on."""
         if self.reading_paused:
             self.reading_paused = False
-            self.deadline = self.server.now + self.settings.body_timeout_s
+            self.restart_body_clock()
             self.transport.resume_reading()
+
+    def restart_body_clock(self) -> None:
+        """The client may send on: what was before was not its delay."""
+        if self.body is not None:
+            self._body_at = self.server.now
+            self._body_bytes = 0
+            self.deadline = self.server.now + self.settings.body_timeout_s
+
+    @property
+    def _body_waits(self) -> bool:
+        """Tell whether the body does not come because the app has not asked for it."""
+        return self.reading_paused or (self.cycle is not None and self.cycle.expects_continue)
 
     # ends
 
@@ -317,28 +362,29 @@ class HttpProtocol(asyncio.Protocol):
             self._close()
             return
         self.deadline = self.server.now + self.settings.keepalive_s
-        if self._pending and not self._advancing:
-            data, self._pending = self._pending, b""
-            self._advance(data)
+        self._go_on()
 
     def _broken(self, exc: WireError) -> None:
         """Answer a message that broke the grammar or a bound, and close."""
         self.server.stats.rejected += 1
         cycle = self.cycle
-        if cycle is not None and (cycle.ended or cycle.splice is not None or cycle.chunked):
+        if cycle is None or not cycle.head_sent:
+            self.reject(exc.status, exc.code, exc.message)
+        elif cycle.ended:
+            self._close(linger=True)
+            self._gone()
+        else:
             self.cut()
-            return
-        self.reject(exc.status, exc.code, exc.message)
 
     def reject(self, status: int, code: str, message: str) -> None:
         """Answer without an app and close, reading on for a moment."""
         cycle = self.cycle
         target = cycle.raw_path if cycle is not None else b""
-        lines, body = self.settings.reject(status, code, message, target)
-        self.transport.write(
-            b"%b%b%bcontent-length: %d\r\nconnection: close\r\n\r\n%b"
-            % (status_line(status), lines, self.server.date_line, len(body), body)
-        )
+        lines, body = self.server.reject(status, code, message, target)
+        head = b"%b%b%bcontent-length: %d\r\nconnection: close\r\n\r\n" % (
+            status_line(status), lines, self.server.date_line, len(body),
+        )  # fmt: skip
+        self.transport.write(head if cycle is not None and cycle.head_only else head + body)
         self._close(linger=True)
         self._gone()
 
@@ -350,17 +396,21 @@ class HttpProtocol(asyncio.Protocol):
     def _close(self, linger: bool = False) -> None:
         """Close after what is written; linger when more may be on its way."""
         self.closing = True
+        self._stall_size = 0
         if linger or self.body is not None or self._pending:
             self._pending = b""
             self.body = None
             self._head = self._held = None
+            self.deadline = self.server.now + self.settings.linger_s
+            if self.transport.is_closing():
+                return
             if self.reading_paused:
                 self.reading_paused = False
                 self.transport.resume_reading()
-            self.deadline = self.server.now + self.settings.linger_s
-            if self.transport.can_write_eof() and not self.transport.is_closing():
+            if self.transport.can_write_eof():
                 self.transport.write_eof()
         else:
+            self.deadline = self.server.now + self.settings.write_timeout_s
             self.transport.close()
 
     def _linger(self, data: bytes) -> None:
@@ -372,6 +422,7 @@ class HttpProtocol(asyncio.Protocol):
         cycle = self.cycle
         if cycle is not None:
             cycle.client_gone()
+        self._wake_writer()
 
     def exhausted(self) -> bool:
         """Tell whether this connection has had its share of requests."""
@@ -389,16 +440,15 @@ class HttpProtocol(asyncio.Protocol):
 
     def tick(self, now: float, crowded: bool) -> None:
         """Look at the deadlines; called each `tick_s`."""
-        if self.paused and not self.closing:
+        if self.paused:
             self._check_stall(now)
         elif now >= self.deadline:
             self._expired(now)
         elif self.body is not None:
             elapsed = now - self._body_at
-            settings = self.settings
-            if elapsed > settings.body_grace_s and self._body_bytes < settings.body_min_bytes_per_s * elapsed:
-                if not self.reading_paused:
-                    self._timeout("request body came too slowly")
+            slow = self._body_bytes < self.settings.body_min_bytes_per_s * elapsed
+            if slow and elapsed > self.settings.body_grace_s and not self._body_waits:
+                self._timeout("request body came too slowly")
         elif crowded and self.idle and self.deadline > now + self.settings.crowded_keepalive_s:
             self.deadline = now + self.settings.crowded_keepalive_s
 
@@ -409,20 +459,25 @@ class HttpProtocol(asyncio.Protocol):
 
     def _check_stall(self, now: float) -> None:
         size = self.transport.get_write_buffer_size()
-        if size != self._stall_size:
-            self._stall_size, self._stall_at = size, now
+        if size < self._stall_size:
+            self._stall_at = now
         elif now - self._stall_at > self.settings.write_timeout_s:
             self.server.stats.stalled += 1
             self._gone()
             self.cut()
+        self._stall_size = size
 
     def _expired(self, now: float) -> None:
         if self.closing:
-            self.transport.abort()
+            size = self.transport.get_write_buffer_size()
+            if size and size != self._stall_size:  # still on its way out
+                self._stall_size = size
+                self.deadline = now + self.settings.write_timeout_s
+            else:
+                self.transport.abort()
         elif self.idle and self._requests:
-            self.closing = True
-            self.transport.close()
-        elif self.body is not None and self.reading_paused:
+            self._close()
+        elif self.body is not None and self._body_waits:
             self.deadline = now + self.settings.body_timeout_s
         else:
             self._timeout("request did not arrive in time")
@@ -434,8 +489,7 @@ class HttpProtocol(asyncio.Protocol):
     def drain(self) -> None:
         """Close now when idle, else after the answer."""
         if self.idle:
-            self.closing = True
-            self.transport.close()
+            self._close()
         elif self.cycle is not None:
             self.cycle.keep_alive = False
 

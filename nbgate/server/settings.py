@@ -8,7 +8,9 @@ Heat: read per connection.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+Rejection = Callable[[int, str, str, bytes], tuple[bytes, bytes]]
 
 
 def plain_rejection(status: int, code: str, message: str, target: bytes) -> tuple[bytes, bytes]:
@@ -44,7 +46,6 @@ class Settings:
     stream_keepalive_s: float = 15.0
     tick_s: float = 0.5
     trusted_proxies: tuple[str, ...] = ()
-    reject: Callable[[int, str, str, bytes], tuple[bytes, bytes]] = field(default=plain_rejection)
 
 
 class Stats:

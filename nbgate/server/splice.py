@@ -28,8 +28,26 @@ COMPLETE, CLIENT_GONE, UPSTREAM_FAILED, DRAINED = "complete", "client_gone", "up
 _JOIN_BYTES = 16 * 1024
 
 
+class _Shut:
+    """The pipe of an ended splice: a source that goes on says nothing."""
+
+    def feed(self, data: bytes) -> bytes:
+        return b""
+
+    def finish(self) -> bytes:
+        return b""
+
+    def fail(self, exc: Exception) -> bytes:
+        return b""
+
+
+_SHUT = _Shut()
+
+
 class Drained(Exception):
     """The server ends a stream because it shuts down."""
+
+    kind = "drained"
 
 
 class Source(Protocol):
@@ -93,10 +111,16 @@ class Splice:
         self._waiter: Waiter | None = None
 
     async def run(self, status: int, head: bytes) -> None:
-        """Deliver until the end. Cancellation: the source is aborted."""
+        """Deliver until the end. Cancellation: the source is aborted, the answer cut."""
         if not self._begin(status, head):
             self._waiter = waiter = Waiter()
-            await waiter
+            try:
+                await waiter
+            except BaseException:
+                if not self.outcome:
+                    self.cycle.protocol.cut()
+                    self.client_gone()
+                raise
 
     def _begin(self, status: int, head: bytes) -> bool:
         """Write the head and what is there; True when that was all."""
@@ -104,31 +128,32 @@ class Splice:
         self.source.attach(self)
         parts, self._parts = self._parts or [], None
         body = parts[0] if len(parts) == 1 else b"".join(parts)
-        if self.outcome == COMPLETE:
-            if self._left > 0:  # the source ended early and told nobody
+        if self.outcome == COMPLETE and not cycle.head_only:
+            if self._left > 0 and status not in (204, 304):  # the source ended early and told nobody
                 cycle.truncate(status, head, self._left + len(body), body)
                 self.outcome = UPSTREAM_FAILED
             else:
                 cycle.respond(status, head, body)
             return True
         length = None if self._left < 0 else self._left + len(body)
+        if self.outcome == UPSTREAM_FAILED:
+            cycle.keep_alive = False
         lines = cycle.head(status, head, length)
         self.chunked = cycle.chunked
-        if self.outcome:  # failed before it could begin: the error frame is the body
-            ended = b"0\r\n\r\n" if self._told and self.chunked else b""
-            cycle.keep_alive = False
-            cycle.write(lines + (self._framed(body) if body else b"") + ended)
-            cycle.ended = True
-            return True
-        if cycle.head_only:
+        if cycle.head_only:  # HEAD, 204 or 304: whatever the source has, the client gets no body
             cycle.write(lines)
-            self.source.abort()
-            self.outcome = COMPLETE
-            cycle.ended = True
-            return True
-        cycle.write(lines + self._framed(body) if body else lines)
-        cycle.spliced(self)
-        return False
+            if not self.outcome:
+                self._shut(COMPLETE)
+                self.source.abort()
+        elif self.outcome:  # failed before it could begin: the error frame is the body
+            ended = b"0\r\n\r\n" if self._told and self.chunked else b""
+            cycle.write(lines + (self._framed(body) if body else b"") + ended)
+        else:
+            cycle.write(lines + self._framed(body) if body else lines)
+            cycle.spliced(self)
+            return False
+        cycle.ended = True
+        return True
 
     def _framed(self, data: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
@@ -145,11 +170,12 @@ class Splice:
         if not out:
             return
         if self._left >= 0:
-            self._left -= len(out)
-            if self._left < 0:
+            left = self._left - len(out)
+            if left < 0:
                 self.source.abort()
                 self.fail(ValueError("the answer is longer than its content-length"))
                 return
+            self._left = left
         if self._parts is not None:
             self._parts.append(out)
             return
@@ -176,7 +202,7 @@ class Splice:
                 self._parts.append(tail)
                 if self._left > 0:
                     self._left -= len(tail)
-            self.outcome = COMPLETE
+            self._shut(COMPLETE)
             return
         cycle = self.cycle
         if self._left >= 0 and self._left != len(tail):
@@ -201,10 +227,10 @@ class Splice:
             logger.exception("pipe failed while it told of a failure")
             last = b""
         if self._parts is not None:
-            if last:
+            if last and self._left < 0:
                 self._told = True
                 self._parts.append(last)
-            self.outcome = outcome
+            self._shut(outcome)
             return
         cycle = self.cycle
         # NOTE: without an error event the body must look cut, so no last chunk is written.
@@ -213,6 +239,8 @@ class Splice:
             cycle.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last))
         elif last and self._left < 0:
             cycle.write(last)
+        elif self._left < 0 and not self.chunked:
+            cycle.protocol.cut()  # the close is the only framing: it must not look clean
         self._end(outcome)
 
     def _broken_pipe(self, exc: Exception) -> None:
@@ -220,8 +248,12 @@ class Splice:
         self.source.abort()
         self.fail(exc)
 
-    def _end(self, outcome: str) -> None:
+    def _shut(self, outcome: str) -> None:
         self.outcome = outcome
+        self.pipe = _SHUT
+
+    def _end(self, outcome: str) -> None:
+        self._shut(outcome)
         self.cycle.unspliced(self)
         waiter = self._waiter
         if waiter is not None:
@@ -232,12 +264,14 @@ class Splice:
     def client_gone(self) -> None:
         """Close the upstream; nothing can be written any more."""
         if not self.outcome:
+            self._shut(CLIENT_GONE)  # first: an abort may come back as `fail`
             self.source.abort()
             self._end(CLIENT_GONE)
 
     def drain(self) -> None:
         """End on shutdown, with the dialect's error event."""
         if not self.outcome:
+            self.outcome = DRAINED  # first: an abort may come back as `fail`
             self.source.abort()
             self._fail(Drained("the server is shutting down"), DRAINED)
 
@@ -248,6 +282,9 @@ class Splice:
             self.silent_s = 0.0
             return
         self.silent_s += tick_s
-        if self.silent_s >= keepalive_s and self.keepalive and self._left < 0 and not getattr(self.pipe, "mid_frame", False):
+        if self.silent_s < keepalive_s or not self.keepalive or self._left >= 0:
+            return
+        # NOTE: not to a client that does not read: it would never be found stalled.
+        if not getattr(self.pipe, "mid_frame", False) and not self.cycle.protocol.paused:
             self.silent_s = 0.0
             self.cycle.write(self._framed(self.keepalive))

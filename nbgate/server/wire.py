@@ -24,15 +24,16 @@ TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _NAME = re.compile(TOKEN)
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 # RFC 3986 3.2.2 host: IPv6 literal or reg-name, and a numeric port. Empty is legal (RFC 9110 7.2).
-_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2}){0,255})(?::[0-9]{0,5})?")
+_HOST = re.compile(
+    rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2}){0,255})(?::[0-9]{0,5})?"
+)
 # Origin form: RFC 9112 3.2.1. Visible ASCII without '#'; httptools has refused the rest.
 _ORIGIN = re.compile(rb"/[\x21\x22\x24-\x7e]*")
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#]+)(/[\x21\x22\x24-\x7e]*|\?[\x21\x22\x24-\x7e]*)?")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 # RFC 9112 section 7.1: chunk-size and extensions, strictly.
-_CHUNK = re.compile(
-    rb"([0-9A-Fa-f]{1,15})(?:;" + TOKEN + rb"(?:=(?:" + TOKEN + rb'|"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e])*"))?)*'
-)
+_QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e])*"'
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;" + TOKEN + rb"(?:=(?:" + TOKEN + rb"|" + _QUOTED + rb"))?)*")
 _TRAILER = re.compile(TOKEN + rb":[\t\x20-\x7e\x80-\xff]*")
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
@@ -192,7 +193,7 @@ class ChunkedBody:
             return -1
         end = data.find(b"\n", pos, pos + CHUNK_LINE_BYTES + 2)
         if end < 0:
-            if len(data) - pos > CHUNK_LINE_BYTES:
+            if len(data) - pos > CHUNK_LINE_BYTES + 1:
                 raise bad("chunk size line or trailer too long")
             self._check_prefix(data[pos:])
             return -1
@@ -208,9 +209,8 @@ class ChunkedBody:
     def _check_prefix(self, prefix: bytes) -> None:
         # NOTE: an unfinished size line that can no longer become valid is refused at once, else a
         # sender of garbage without CRLF would hold the connection until the body timeout.
-        if self._need == "size" and prefix and not prefix[:1].isalnum():
-            if prefix != b"\r":
-                raise bad("malformed chunk size")
+        if self._need == "size" and prefix not in (b"", b"\r") and not prefix[:1].isalnum():
+            raise bad("malformed chunk size")
         if b"\r" in prefix[:-1]:
             raise bad("bare CR in chunked framing")
 
@@ -235,6 +235,6 @@ class ChunkedBody:
         self._trailers += 1
         self._trailer_bytes += len(line)
         if self._trailers > TRAILER_COUNT or self._trailer_bytes > TRAILER_BYTES:
-            raise WireError(431, "request_header_fields_too_large", "too many trailer fields")
+            raise WireError(431, "headers_too_large", "too many trailer fields")
         if _TRAILER.fullmatch(line) is None:
             raise bad("malformed trailer field")
