@@ -375,6 +375,7 @@ def test_config_refuses_glob(glob: str) -> None:
         ("[admin]\nlisten = '127.0.0.1:9'", "2: admin.listen: this version has no separate listener"),
         ("[server]\ntrusted_proxies = ['10.0.0.1/8']", "bits are set beyond the prefix"),
         ("[server]\ntrusted_proxies = ['10.0.0.0/8', 'x']", '2: server.trusted_proxies[1]: expected a network such as'),
+        ("[server]\ntrusted_proxies = ['unix:', 'x']", '2: server.trusted_proxies[1]: expected a network such as'),
         ("[server]\ndrain_s = 400", "expected at most drain_streams_s (300)"),
         ("[server]\nmax_line_kb = 63\n", "expected at most max_head_kb (32)"),
         ("[store]\nurl = 'mysql://h/d'", "expected a URL that begins with sqlite:// or postgresql://"),

@@ -45,7 +45,8 @@ def test_head_is_the_same_whole_and_in_pieces(step: int) -> None:
     [
         (b"", b"1.1", True), (b"close", b"1.1", False), (b"x, CLOSE ,y", b"1.1", False), (b"closed", b"1.1", True),
         (b"keep-alive", b"1.1", True), (b"upgrade", b"1.1", True), (b"", b"1.0", False), (b"Keep-Alive", b"1.0", True),
-        (b"keep-alive, close", b"1.0", False), (b"x\r\nConnection: close", b"1.1", False), (b"\tclose\t", b"1.1", False),
+        (b"keep-alive, close", b"1.0", False), (b"x\r\nConnection: close", b"1.1", False),
+        (b"\tclose\t", b"1.1", False),
     ],
 )  # fmt: skip
 def test_head_keeps_the_connection_as_rfc_9112_says(connection: bytes, version: bytes, keeps: bool) -> None:

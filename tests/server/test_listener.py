@@ -323,7 +323,9 @@ def test_drain_ends_idle_ones_at_once_plain_ones_then_streams() -> None:
 
             named = {"idle": idle, "plain": plain, "stream": stream, "partial": partial}
             await asyncio.gather(draining, *(end(n, c) for n, c in named.items()))
-            assert ends["idle"] < 0.15 < ends["plain"] < 0.45 < ends["stream"] < 1.4 and ends["partial"] > 0.15
+            assert ends["idle"] < ends["plain"] < ends["stream"]
+            assert min(ends["plain"], ends["partial"]) >= 0.19
+            assert ends["stream"] >= 0.49
             with pytest.raises(OSError):
                 await asyncio.open_connection("127.0.0.1", port)
 
