@@ -4,19 +4,31 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 CONFIG ?= config.example.toml
-FUZZ_S ?= 60
+FUZZ_SECONDS ?= 60
+
+# The hot rooms, as `make compile` builds them with mypyc; the .py files stay the only source.
+HOT := $(addprefix server/,wire head waiter cycle splice protocol) \
+  call relay deliver judge channels allowance auth body meter sse json_scan outbound exchange upstream_wire upstream \
+  pins app routes logs metrics $(addprefix dialects/,model openai_chat)
+BUILT := build/compiled
+SOURCES := $(shell find nbgate -name '*.py')
+# Once compiled rooms are there, they are what runs, and they are kept up to date.
+COMPILED := $(if $(wildcard $(BUILT)/.stamp),$(BUILT)/.stamp)
+USE_COMPILED := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(BUILT)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-long lint types fuzz bench bench-quick clean
+.PHONY: help install run compile test test-compiled test-long lint types fuzz bench bench-quick clean
 
 help:
 	@echo "make install      Make .venv and install nbgate into it."
 	@echo "make run          Start on http://127.0.0.1:8080 with config.example.toml (another: CONFIG=FILE)."
+	@echo "make compile      Build the hot rooms to machine code in build/compiled (needs gcc and Python's headers)."
 	@echo "make test         Run the linter, the type checker and the tests (under 10 minutes)."
+	@echo "make test-compiled  Run the tests of the data plane on the compiled rooms."
 	@echo "make test-long    Run the tests that take minutes each."
 	@echo "make lint         Run ruff."
 	@echo "make types        Run mypy --strict."
-	@echo "make fuzz         Run each fuzz target for FUZZ_S seconds (60)."
+	@echo "make fuzz         Run all fuzz targets, FUZZ_SECONDS together (60)."
 	@echo "make bench        Measure CPU per request and per stream beside nginx (about six minutes)."
 	@echo "make bench-quick  Measure the main figures in about a minute."
 	@echo "make clean        Remove what the tools made; data/ and .venv stay."
@@ -41,8 +53,17 @@ $(VENV)/.dev: setup.cfg pyproject.toml | $(PY)
 
 install: $(VENV)/.base
 
-run: $(VENV)/.base
-	@exec $(PY) -m nbgate serve -c $(CONFIG)
+run: $(VENV)/.base $(COMPILED)
+	@exec env $(if $(COMPILED),$(USE_COMPILED)) $(PY) -m nbgate serve -c $(CONFIG)
+
+compile: $(BUILT)/.stamp
+
+$(BUILT)/.stamp: $(SOURCES) Makefile | $(VENV)/.dev
+	@echo "compiling the hot rooms (about a minute)"
+	@rm -rf $(BUILT) && mkdir -p $(BUILT) && cp -r nbgate $(BUILT)/
+	@cd $(BUILT) && $(CURDIR)/$(VENV)/bin/mypyc --ignore-missing-imports $(HOT:%=nbgate/%.py) >compile.log 2>&1 \
+	  || { tail -n 20 compile.log; echo "compiling failed; it needs gcc and Python's headers (apt install gcc python3-dev)"; exit 1; }
+	@rm -rf $(BUILT)/build && touch $@
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
@@ -53,19 +74,20 @@ types: $(VENV)/.dev
 test: lint types
 	$(PY) -m pytest -n 2 -q
 
+test-compiled: $(BUILT)/.stamp
+	NBGATE_TEST_TREE=$(CURDIR)/$(BUILT) $(USE_COMPILED) $(PY) -m pytest -n 2 -q tests/server tests/sdk tests/test_relay.py tests/test_upstream*.py \
+	  tests/test_body.py tests/test_meter.py tests/test_allowance.py tests/test_auth.py tests/test_channels.py tests/test_logs.py tests/test_metrics.py tests/dialects
+
 test-long: $(VENV)/.dev
 	$(PY) -m pytest -q -m long
 
 fuzz: $(VENV)/.dev
-	@found=0; for target in tests/fuzz/fuzz_*.py; do \
-	  [ -e "$$target" ] || continue; found=1; echo "$$target"; \
-	  $(PY) "$$target" -max_total_time=$(FUZZ_S) || exit 1; \
-	done; [ $$found = 1 ] || echo "there are no fuzz targets in tests/fuzz"
+	$(PY) tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
-bench: $(VENV)/.dev
+bench: $(BUILT)/.stamp
 	$(PY) bench/saturate.py
 
-bench-quick: $(VENV)/.dev
+bench-quick: $(BUILT)/.stamp
 	$(PY) bench/saturate.py --quick
 
 clean:

@@ -22,6 +22,7 @@ import orjson
 from procs import Proc, Procs, free_port, wait_for_port
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILED = ROOT / "build" / "compiled"
 KEY = "sk-" + "bench" * 9 + "key"
 NGINX = "/usr/sbin/nginx"
 NGINX_CONFIG = """
@@ -93,19 +94,35 @@ def start_nginx(procs: Procs, upstream_port: int, folder: Path, core: int | None
 
 def start_nbgate(procs: Procs, upstream_port: int, folder: Path, core: int | None) -> Running:
     """Start nbgate as an operator would: one worker, one key with a limit, access log."""
+    return _start(procs, upstream_port, (folder, core), {"PYTHONPATH": str(ROOT)}, "nbgate")
+
+
+def start_compiled(procs: Procs, upstream_port: int, folder: Path, core: int | None) -> Running:
+    """Start the same on the rooms that `make compile` built."""
+    if not (COMPILED / ".stamp").exists():
+        raise RuntimeError("there are no compiled rooms: make compile")
+    env = {"PYTHONPATH": str(COMPILED), "PYTHONSAFEPATH": "1"}
+    return _start(procs, upstream_port, (folder, core), env, "compiled")
+
+
+def _start(
+    procs: Procs, upstream_port: int, place: tuple[Path, int | None], env: dict[str, str], name: str
+) -> Running:
+    folder, core = place
     port = free_port()
     path = folder / "nbgate.toml"
     path.write_text(NBGATE_CONFIG.format(port=port, folder=folder, upstream=upstream_port, key=KEY))
     path.chmod(0o600)
     argv = [sys.executable, "-m", "nbgate", "serve", "-c", str(path)]
-    proc = procs.start("nbgate", argv, core, {"PYTHONPATH": str(ROOT)})
+    proc = procs.start(name, argv, core, env)
     wait_for_port(port, proc)
-    return Running("nbgate", proc, port, folder / "access.jsonl")
+    return Running(name, proc, port, folder / "access.jsonl")
 
 
 CANDIDATES: dict[str, Callable[[Procs, int, Path, int | None], Running]] = {
     "nginx": start_nginx,
     "nbgate": start_nbgate,
+    "compiled": start_compiled,
 }
 
 

@@ -16,6 +16,7 @@ import time
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any, Final
 
+from nbgate import deliver
 from nbgate.allowance import Allowances, LocalSource
 from nbgate.auth import Directory, Proxies
 from nbgate.call import ORIGIN, Call, ClientGone, Receive, Send
@@ -171,10 +172,12 @@ class App:
             if route.auth:
                 call.authenticate(route.family)
             local = LOCAL.get(route.operation)
-            if local is None:
+            if local is not None:
+                await local(call)
+            elif "nbgate.splice" in scope.get("extensions", ()):
                 await relay(call)
             else:
-                await local(call)
+                await deliver.attended(call, relay)
         except GateError as exc:
             await self._refuse(call, exc)
         except (ClientGone, asyncio.CancelledError) as exc:

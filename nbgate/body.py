@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import msgspec
 import orjson
@@ -207,8 +207,8 @@ class Fields:
     def _edited(self, edits: list[tuple[int, int, bytes]]) -> list[bytes]:
         # NOTE: long pieces are views, which writelines, len and join take as bytes: no second copy of a long body.
         body = self.body
-        view = cast("bytes", memoryview(body)) if len(body) > _COPIED else body
-        out: list[bytes] = []
+        view: Any = memoryview(body) if len(body) > _COPIED else body
+        out: list[Any] = []
         done = 0
         if len(edits) > 1:
             edits.sort(key=_start)

@@ -11,12 +11,13 @@ usage is taken out if the client did not ask for it.
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from nbgate.dialects import DIALECTS, Dialect, Usage
 from nbgate.dialects.model import Obj, Seen, text
+from nbgate.dialects.shapes import Body, ErrorBody
 from nbgate.errors import GateError, stream_error
 from nbgate.json_scan import JsonScan
 from nbgate.sse import Framer, fields, first_event, frames
@@ -31,26 +32,8 @@ _NESTED: Final = frozenset((b"response", b"message"))
 __all__ = ["JsonPipe", "RawPipe", "SsePipe", "first_event", "is_error_event", "is_error_json"]
 
 
-class _Body(msgspec.Struct):
-    id: Any = None
-    model: Any = None
-    type: Any = None
-    usage: Any = None
-    error: Any = None
-
-
-class _ErrorBody(msgspec.Struct):
-    type: Any = None
-    error: Any = None
-    usage: Any = None
-    choices: Any = None
-    content: Any = None
-    output: Any = None
-    data: Any = None
-
-
-_decode_body = msgspec.json.Decoder(_Body).decode
-_decode_error = msgspec.json.Decoder(_ErrorBody).decode
+_decode_body = msgspec.json.Decoder(Body).decode
+_decode_error = msgspec.json.Decoder(ErrorBody).decode
 _UNREADABLE: Final = (ValueError, msgspec.MsgspecError, RecursionError)
 
 
@@ -216,7 +199,8 @@ class SsePipe:
         marks = [mark for mark in self._dialect.marks if mark]
         for start, end in frames(whole):
             frame = whole[start:end]
-            if self.begun and not any(frame.find(mark) >= 0 for mark in marks):
+            # As for whole chunks, so that what is read does not depend on where the network cut.
+            if self.begun and (not any(frame.find(mark) >= 0 for mark in marks) or self._says_nothing(frame)):
                 continue
             event, data = fields(frame)
             if data is None:

@@ -44,12 +44,16 @@ FRESH_S: Final = 5.0
 REWRITE_S: Final = 2.0
 _LIST_FDS_S: Final = 15.0
 
-OVERHEAD_BOUNDS: Final = (
+OVERHEAD_BOUNDS: Final[tuple[float, ...]] = (
     25e-6, 50e-6, 75e-6, 100e-6, 150e-6, 200e-6, 300e-6, 500e-6, 750e-6,
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
 )  # fmt: skip
-REQUEST_BOUNDS: Final = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-FIRST_BYTE_BOUNDS: Final = (0.005, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)
+REQUEST_BOUNDS: Final[tuple[float, ...]] = (
+    0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+)  # fmt: skip
+FIRST_BYTE_BOUNDS: Final[tuple[float, ...]] = (
+    0.005, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0,
+)  # fmt: skip
 
 
 class Metric(NamedTuple):
@@ -86,13 +90,16 @@ METRICS: Final = (
 )
 
 
+_GAUGES: Final = (
+    "connections", "loop_lag_seconds", "open_fds", "requests_active", "resident_bytes",
+    "streams_open", "upstream_idle", "upstream_in_use", "upstream_waiting",
+)  # fmt: skip
+
+
 class Gauges:
     """What is so just now; the worker's ticker sets these."""
 
-    __slots__ = (
-        "connections", "loop_lag_seconds", "open_fds", "requests_active", "resident_bytes",
-        "streams_open", "upstream_idle", "upstream_in_use", "upstream_waiting",
-    )  # fmt: skip
+    __slots__ = _GAUGES
 
     def __init__(self) -> None:
         self.connections = self.requests_active = self.streams_open = 0
@@ -102,7 +109,7 @@ class Gauges:
 
     def as_dict(self) -> dict[str, float]:
         """Give the values by name."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in _GAUGES}
 
 
 class _Histogram:

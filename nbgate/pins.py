@@ -97,8 +97,13 @@ class Pins:
         if pattern is None or call.key is None:
             return
         found = pattern.search(conn.buffered[:HEAD_BYTES])
-        if found is not None:
-            self._put(found[1].decode("ascii"), call.key.account_id, target.label, own=True)
+        if found is None:
+            return
+        stated, account = found[1].decode("ascii"), call.key.account_id
+        known = self._pins.get(stated)
+        # APPSEC: an answer may repeat what its asker wrote: an id that is another account's stays theirs.
+        if known is None or known[0] == account:
+            self._put(stated, account, target.label, own=True)
 
     def _put(self, stated: str, account: str, label: str, own: bool) -> None:
         pins = self._pins

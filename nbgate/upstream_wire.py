@@ -43,7 +43,7 @@ class Wire:
     __slots__ = (
         "chunked", "count", "exchange", "feed", "generation", "gone", "idle_since", "interim", "keep", "lane", "mark",
         "max_head_bytes", "old", "on_body", "parser", "phase", "pieces", "pool", "quiet_bytes", "status", "to_eof",
-        "transport", "wanted",
+        "transport", "version", "wanted",
     )  # fmt: skip
 
     def __init__(self, pool: Pool, lane: Lane) -> None:
@@ -69,6 +69,7 @@ class Wire:
         self.quiet_bytes = 0  # read since the last body byte
         self.old = False  # HTTP/1.0
         self.keep = False
+        self.version = ""  # of an answer that has ended
         self.mark = 0  # pieces that belong to the first message
         self.status = 0
         self.to_eof = False
@@ -161,6 +162,7 @@ class Wire:
             self.phase = ENDED
             self.mark = len(self.pieces)
             self.keep = self.parser.should_keep_alive()
+            self.version = self.parser.get_http_version()
         elif self.phase == HEAD:
             self.interim += 1
             if self.exchange is not None:
@@ -199,8 +201,9 @@ class Wire:
         """Refuse a head whose framing leaves room for doubt."""
         status = self.status
         headers = exchange.headers
-        if (seen or self.interim or not data.startswith(b"HTTP/1.1 ")) and self.phase != EXCESS:
-            version = self.parser.get_http_version()
+        if seen or self.interim or not data.startswith(b"HTTP/1.1 "):
+            # NOTE: after the end the parser may tell the version of what follows.
+            version = self.version if self.phase >= ENDED else self.parser.get_http_version()
             self.old = version == "1.0"
             if not self.old and version != "1.1":
                 exchange.fail("framing", f"HTTP version {version}")

@@ -7,11 +7,12 @@ Source: types of the openai SDK 3.54 (CompletionUsage, ChatCompletionChunk).
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from nbgate.dialects.model import NOTHING, Dialect, Obj, Seen, Split, Usage, inner, last_wins, number, text
+from nbgate.dialects.shapes import Chunk
 
 PING: Final = b": ping\n\n"
 DONE: Final = b"[DONE]"
@@ -25,14 +26,7 @@ COMPLETIONS_FIELDS: Final = frozenset({
 })  # fmt: skip
 
 
-class _Chunk(msgspec.Struct):
-    id: Any = None
-    choices: msgspec.Raw = msgspec.Raw(b"")
-    usage: Any = None
-    error: Any = None
-
-
-_decode = msgspec.json.Decoder(_Chunk).decode
+_decode = msgspec.json.Decoder(Chunk).decode
 
 
 def read_usage(obj: Obj) -> Usage | None:

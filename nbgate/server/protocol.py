@@ -279,10 +279,14 @@ class HttpProtocol:
         self.deadline = server.now + settings.body_timeout_s
         if head.expects_continue or length > settings.eager_body_bytes:
             cycle.start()
-            if self.cycle is not cycle:  # answered already, without the body
+            if not self._serves(cycle):  # answered already, without the body
                 self._linger(rest)
                 return b""
         return self._read_body(rest) if rest else b""
+
+    def _serves(self, cycle: Cycle) -> bool:
+        # NOTE: a look of its own, for mypyc trusts that what was assigned to an attribute is still there after a call.
+        return self.cycle is cycle
 
     def _read_body(self, data: bytes) -> bytes:
         """Feed the body under way; keeps what follows it."""
