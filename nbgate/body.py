@@ -61,7 +61,7 @@ Span = tuple[int, int]
 
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _elements = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_any = msgspec.json.Decoder().decode
+_decode = msgspec.json.Decoder().decode
 
 
 class Fields:
@@ -130,9 +130,12 @@ class Fields:
                 raise GateError("invalid_value", why, param="stream_options") from None
 
     def value(self, name: str) -> Any:
-        """Decode a top-level member, None if it is absent."""
+        """Decode a top-level member, None if it is absent or a number beyond all range."""
         raw = self.members.get(name)
-        return None if raw is None else _any(raw)
+        try:
+            return None if raw is None else _any(raw)
+        except GateError:
+            return None
 
     def text(self, name: str) -> str:
         """Give a top-level string of at most 512 characters, else ""."""
@@ -365,6 +368,14 @@ def _model(members: Members, dialect: str) -> str:
         text = f"`model` must be at most {MODEL_MAX} printable characters."
         raise GateError("invalid_value", text, param="model")
     return model
+
+
+def _any(raw: msgspec.Raw) -> Any:
+    """Decode a member's value."""
+    try:
+        return _decode(raw)
+    except msgspec.MsgspecError:  # a number such as 1e400, which the walk over the members does not read
+        raise GateError("invalid_value", "A number in the request body is out of range.") from None
 
 
 def _flag(raw: msgspec.Raw, name: str) -> bool:

@@ -33,7 +33,7 @@ from nbgate.auth import redact_query
 
 log = logging.getLogger("nbgate.logs")
 
-BATCH: Final = 512  # records held before `add` flushes by itself
+BATCH: Final = 64  # records held before `add` flushes by itself; PERF: while they are still in the cache
 CHUNK: Final = 64  # lines per write
 # What a pipe takes in one piece (Linux PIPE_BUF), so that lines of several workers do not mix.
 PIECE_BYTES: Final = 4096

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
+
 from nbgate.app import App
 from nbgate.config import parse
 from nbgate.server.listener import Server
@@ -60,7 +61,9 @@ class Asked:
         self.body = body
         lines = head.split(b"\r\n")
         self.method, self.path, _ = lines[0].decode().split(" ")
-        self.headers = {n.lower().decode(): v.strip().decode() for n, _, v in (x.partition(b":") for x in lines[1:] if x)}
+        self.headers = {
+            n.lower().decode(): v.strip().decode() for n, _, v in (x.partition(b":") for x in lines[1:] if x)
+        }
 
 
 class Peer:
@@ -209,4 +212,5 @@ def config(*channels: str, more: str = "", key: str = KEY, rates: str = "") -> s
 def channel(name: str, url: str, type: str = "openai", more: str = "", models: str = '"*"') -> str:
     """Write one channel."""
     base = f"{url}/v1" if type == "openai" else url
-    return f'[channels.{name}]\ntype = "{type}"\nbase_url = "{base}"\nkeys = ["up-secret-{name}"]\nmodels = [{models}]\n{more}\n'
+    head = f'[channels.{name}]\ntype = "{type}"\nbase_url = "{base}"\n'
+    return head + f'keys = ["up-secret-{name}"]\nmodels = [{models}]\n{more}\n'

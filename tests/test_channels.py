@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from nbgate.channels import (
     OUT_S,
     RETRY_FLOOR,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -46,10 +47,15 @@ def stream(*frames: bytes, end: bool = True) -> Callable[[Asked, Peer], None]:
 
 
 def delta(text: str, more: str = "") -> bytes:
-    return b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":"%b"}}]%b}\n\n' % (text.encode(), more.encode())
+    return b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":"%b"}}]%b}\n\n' % (
+        text.encode(),
+        more.encode(),
+    )
 
 
-USAGE = b'data: {"id":"chatcmpl-1","choices":[],"usage":{"prompt_tokens":9,"completion_tokens":2,"total_tokens":11}}\n\n'
+USAGE = (
+    b'data: {"id":"chatcmpl-1","choices":[],"usage":{"prompt_tokens":9,"completion_tokens":2,"total_tokens":11}}\n\n'
+)
 DONE = b"data: [DONE]\n\n"
 
 
@@ -122,11 +128,15 @@ def test_relay_tries_another_channel_when_one_refuses(scripted: Upstreams, gatew
         lambda asked, peer: peer.write(b"garbage\r\n\r\n"),
         status(200, b'{"error":{"message":"hidden","code":"x"}}'),
         lambda asked, peer: (peer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n"), None)[1],
-        lambda asked, peer: peer.write(b"HTTP/1.1 302 Found\r\nlocation: http://elsewhere/\r\ncontent-length: 0\r\n\r\n"),
+        lambda asked, peer: peer.write(
+            b"HTTP/1.1 302 Found\r\nlocation: http://elsewhere/\r\ncontent-length: 0\r\n\r\n"
+        ),
     ],
     ids=["reset", "garbage", "error-in-200", "two-lengths", "redirect"],
 )
-def test_relay_tries_another_channel_when_an_answer_is_bad(scripted: Upstreams, gateway: Gateways, handler: Any) -> None:
+def test_relay_tries_another_channel_when_an_answer_is_bad(
+    scripted: Upstreams, gateway: Gateways, handler: Any
+) -> None:
     bad, up = scripted(handler), scripted(good)
     gate = gateway(config(channel("bad", bad.url, more="priority = 1"), channel("up", up.url)))
     answer = post(gate, CHAT)
@@ -194,14 +204,25 @@ def test_relay_never_retries_after_the_first_byte(scripted: Upstreams, gateway: 
 @pytest.mark.parametrize(
     ("path", "body", "first", "mark"),
     [
-        ("/v1/messages", {"model": "m", "max_tokens": 5, "stream": True}, b'event: ping\ndata: {"type":"ping"}\n\n', b"event: error\n"),
+        (
+            "/v1/messages",
+            {"model": "m", "max_tokens": 5, "stream": True},
+            b'event: ping\ndata: {"type":"ping"}\n\n',
+            b"event: error\n",
+        ),
         (
             "/v1/responses",
             {"model": "m", "input": "x", "stream": True},
-            b'event: response.created\ndata: {"type":"response.created","sequence_number":0,"response":{"id":"resp_1"}}\n\n',
+            b'event: response.created\n'
+            b'data: {"type":"response.created","sequence_number":0,"response":{"id":"resp_1"}}\n\n',
             b"event: error\n",
         ),
-        ("/v1/completions", {"model": "m", "prompt": "x", "stream": True}, b'data: {"id":"c","choices":[{"text":"a"}]}\n\n', b"data: "),
+        (
+            "/v1/completions",
+            {"model": "m", "prompt": "x", "stream": True},
+            b'data: {"id":"c","choices":[{"text":"a"}]}\n\n',
+            b"data: ",
+        ),
     ],
 )
 def test_relay_ends_a_cut_stream_in_the_clients_dialect(
@@ -302,11 +323,15 @@ def test_relay_says_when_nobody_serves_a_model(scripted: Upstreams, gateway: Gat
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
-@pytest.mark.parametrize("wrong", [{}, {"authorization": "Bearer sk-wrong"}, {"authorization": "Basic x"}, {"x-api-key": "' OR 1=1--"}])
+@pytest.mark.parametrize(
+    "wrong", [{}, {"authorization": "Bearer sk-wrong"}, {"authorization": "Basic x"}, {"x-api-key": "' OR 1=1--"}]
+)
 def test_relay_needs_a_key(scripted: Upstreams, gateway: Gateways, wrong: dict[str, str]) -> None:
     up = scripted(good)
     with httpx.Client(trust_env=False) as client:
-        answer = client.post(gateway(config(channel("a", up.url))).url + "/v1/chat/completions", json=CHAT, headers=wrong)
+        answer = client.post(
+            gateway(config(channel("a", up.url))).url + "/v1/chat/completions", json=CHAT, headers=wrong
+        )
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
     assert not up.asked
 
@@ -319,11 +344,16 @@ def test_relay_limits_the_rate_of_a_key(scripted: Upstreams, gateway: Gateways) 
     assert answers[0].headers["x-ratelimit-remaining-requests"] == "2"
     refused = answers[3]
     assert refused.headers["retry-after"] == "20"
-    assert refused.json()["error"]["message"] == "Rate limit exceeded. Please retry after 20 seconds. (rate_limit_exceeded)"
+    assert (
+        refused.json()["error"]["message"]
+        == "Rate limit exceeded. Please retry after 20 seconds. (rate_limit_exceeded)"
+    )
 
 
 def test_stored_responses_go_back_to_their_channel_and_owner(scripted: Upstreams, gateway: Gateways) -> None:
-    made = json.dumps({"id": "resp_abc123", "object": "response", "usage": {"input_tokens": 1, "output_tokens": 1}}).encode()
+    made = json.dumps(
+        {"id": "resp_abc123", "object": "response", "usage": {"input_tokens": 1, "output_tokens": 1}}
+    ).encode()
     ups = [scripted(status(200, made)) for _ in range(3)]
     more = f'[[keys]]\nkey = "{KEY}2"\naccount = "other"\n'
     gate = gateway(config(*(channel(f"c{i}", up.url) for i, up in enumerate(ups))) + "\n" + more)
@@ -370,7 +400,10 @@ def test_the_upstream_closes_when_the_client_leaves(scripted: Upstreams, gateway
     with (
         httpx.Client(trust_env=False) as client,
         client.stream(
-            "POST", gate.url + "/v1/chat/completions", json={**CHAT, "stream": True}, headers={"authorization": f"Bearer {KEY}"}
+            "POST",
+            gate.url + "/v1/chat/completions",
+            json={**CHAT, "stream": True},
+            headers={"authorization": f"Bearer {KEY}"},
         ) as answer,
     ):
         assert next(answer.iter_bytes()) == delta("a")
@@ -379,3 +412,22 @@ def test_the_upstream_closes_when_the_client_leaves(scripted: Upstreams, gateway
     while not up.closed_at and time.monotonic() < deadline:
         time.sleep(0.005)
     assert up.closed_at[0] - left < 0.1
+
+
+def test_calls_leave_no_cycles_for_the_collector(scripted: Upstreams, gateway: Gateways) -> None:
+    gate = gateway(config(channel("a", scripted(good).url)))
+    for _ in range(20):
+        post(gate, CHAT)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(50):
+            post(gate, CHAT)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        ours = [type(o).__name__ for o in gc.garbage if type(o).__module__.startswith("nbgate")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not ours

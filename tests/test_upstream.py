@@ -444,12 +444,10 @@ def test_acquire_and_answer_run_without_a_task() -> None:
             coro = call(pool, upstream)
 
             def step() -> None:
-                with contextlib.suppress(StopIteration):
+                with contextlib.suppress(StopIteration), contextlib.ExitStack() as stack:
+                    stack.callback(setattr, Waiter, "driven", False)
                     Waiter.driven = True
-                    try:
-                        waiter = coro.send(None)
-                    finally:
-                        Waiter.driven = False
+                    waiter = coro.send(None)
                     assert isinstance(waiter, Waiter), "eager apps meet waiters alone, outside any task"
                     waiter.resume = step
 

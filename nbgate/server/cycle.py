@@ -211,6 +211,7 @@ class Cycle:
     def _finished(self, exc: BaseException | None) -> None:
         self._coro = self._task = None
         self.app_done = True
+        self.scope.pop("nbgate.answer", None)  # it holds this cycle, which holds the scope
         if exc is not None and not (self.gone and isinstance(exc, asyncio.CancelledError)):
             # APPSEC: the raw path, since a decoded one may hold line feeds and escapes.
             logger.error("app failed on %s", self.raw_path[:200].decode("latin-1"), exc_info=exc)
