@@ -33,7 +33,7 @@ DEFAULT_DIALECTS: Final[dict[str, tuple[str, ...]]] = {
     "anthropic": ("messages",),
     "gemini": ("gemini",),
     "station": DIALECTS,
-    "demo": DIALECTS,
+    "demo": ("chat", "responses", "messages", "embeddings", "completions", "moderations", "images"),
 }
 
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]

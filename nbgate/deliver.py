@@ -48,11 +48,17 @@ class MeteredPipe(Protocol):
 def pipe_for(call: Call, plan: Plan, conn: Connection) -> MeteredPipe:
     """Choose the pipe by what the answer is, not by what was asked for."""
     dialect = plan.match.route.dialect
-    content_type = conn.headers.get(b"content-type", b"")
+    headers = conn.headers
+    content_type = headers.get(b"content-type", b"")
     if content_type.startswith(b"text/event-stream"):
         fields = plan.fields
-        hide = fields is not None and not fields.asked_usage
-        return SsePipe(dialect, hide_usage=hide, hold_bytes=call.state.hold_bytes, request_id=call.request_id)
+        return SsePipe(
+            dialect,
+            hide_usage=fields is not None and not fields.asked_usage,
+            hold_bytes=call.state.hold_bytes,
+            request_id=call.request_id,
+            cut_shows=b"transfer-encoding" in headers or b"content-length" in headers,
+        )
     if b"json" in content_type:
         return JsonPipe(dialect)
     return RawPipe()

@@ -83,6 +83,7 @@ class SsePipe:
     """
 
     __slots__ = (
+        "_cut_shows",
         "_dialect",
         "_framer",
         "_hide",
@@ -102,7 +103,15 @@ class SsePipe:
         "response_id",
     )  # fmt: skip
 
-    def __init__(self, dialect: str, *, hide_usage: bool, hold_bytes: int = HOLD_BYTES, request_id: str = "") -> None:
+    def __init__(
+        self,
+        dialect: str,
+        *,
+        hide_usage: bool,
+        hold_bytes: int = HOLD_BYTES,
+        request_id: str = "",
+        cut_shows: bool = True,
+    ) -> None:
         self._dialect: Dialect = DIALECTS[dialect]
         self._m1, self._m2, self._m3 = self._dialect.marks
         self._hollow = self._dialect.null_usage
@@ -111,6 +120,7 @@ class SsePipe:
         self._long: JsonScan | None = None
         self._raw: Obj | None = None
         self._request_id = request_id
+        self._cut_shows = cut_shows  # else the end of the connection is the end of the stream, cut or not
         self._tracks = dialect == "responses"
         self._last = b""
         self.begun = False
@@ -154,7 +164,9 @@ class SsePipe:
         elif rest:
             rest = self._look(rest)
         self.delivered += len(rest)
-        return rest
+        if self._cut_shows or self.ended or self.error:
+            return rest
+        return rest + self.fail(GateError("upstream_error", "The connection to the model's provider was lost."))
 
     def fail(self, exc: Exception) -> bytes:
         """Give the dialect's error event for a stream that broke.

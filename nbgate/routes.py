@@ -81,6 +81,8 @@ ROUTES: Final[tuple[Route, ...]] = (
     _openai("/images/generations", "POST", "images", "images.generate", "usage"),
     _own("/models", "models.list", auth=True),
     _own("/models/{id:path}", "models.get", auth=True),
+    _own("/v1beta/models", "models.list", auth=True)._replace(family="gemini"),
+    _own("/v1beta/models/{id:path}", "models.get", auth=True)._replace(family="gemini"),
     _own("/", "home"),
     _own("/healthz", "health.live"),
     _own("/readyz", "health.ready"),

@@ -431,3 +431,38 @@ def test_calls_leave_no_cycles_for_the_collector(scripted: Upstreams, gateway: G
         gc.garbage.clear()
         gc.enable()
     assert not ours
+
+
+def test_a_stream_that_ends_with_its_connection_must_say_that_it_ended(scripted: Upstreams, gateway: Gateways) -> None:
+    def until_close(*frames: bytes) -> Callable[[Asked, Peer], None]:
+        def handler(asked: Asked, peer: Peer) -> None:
+            peer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + b"".join(frames))
+            peer.writer.close()
+
+        return handler
+
+    whole = gateway(config(channel("a", scripted(until_close(delta("a"), DONE)).url)))
+    assert post(whole, {**CHAT, "stream": True}).content == delta("a") + DONE
+    cut = gateway(config(channel("a", scripted(until_close(delta("a"))).url)))
+    content = post(cut, {**CHAT, "stream": True}).content
+    assert content.startswith(delta("a"))
+    assert b"upstream_error" in content
+    assert b"[DONE]" not in content
+
+
+def test_models_come_in_three_shapes(scripted: Upstreams, gateway: Gateways) -> None:
+    gate = gateway(config(channel("a", scripted(good).url, models='"gpt-4o", "org/with-slash", "glob-*"')))
+
+    def get(path: str, **headers: str) -> Any:
+        with httpx.Client(trust_env=False) as client:
+            answer = client.get(gate.url + path, headers={"authorization": f"Bearer {KEY}", **headers})
+        return answer.json()
+
+    assert [m["id"] for m in get("/v1/models")["data"]] == ["gpt-4o", "org/with-slash"]
+    assert get("/models/org/with-slash")["object"] == "model"
+    claude = get("/v1/models", **{"anthropic-version": "2023-06-01"})
+    assert (claude["first_id"], claude["has_more"], claude["data"][0]["type"]) == ("gpt-4o", False, "model")
+    assert [m["name"] for m in get("/v1beta/models")["models"]] == ["models/gpt-4o", "models/org/with-slash"]
+    assert get("/v1beta/models/gpt-4o")["name"] == "models/gpt-4o"
+    assert get("/v1/models/nope")["error"]["code"] == "model_not_found"
+    assert get("/v1beta/models/nope")["error"]["status"] == "NOT_FOUND"
