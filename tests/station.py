@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -40,16 +41,17 @@ def rss_bytes(pid: int) -> int:
 class Station:
     """`nbgate serve` on a free port; `text` is its file without [server] and [logging]."""
 
-    def __init__(self, folder: Path, text: str, server: str = "") -> None:
+    def __init__(self, folder: Path, text: str, server: str = "", workers: int = 1, drain_s: int = 1) -> None:
         self.folder = folder
         self.out = folder / "out"
         self.err = folder / "err"
         self.access = folder / "access.jsonl"
-        file = folder / "station.toml"
-        head = f'[server]\nlisten = ["127.0.0.1:0"]\nworkers = 1\ndata_dir = "{folder}/data"\n'
-        ends = f"drain_s = 1\ndrain_streams_s = 1\n{server}\n"
-        file.write_text(f'{head}{ends}[logging]\naccess = "{self.access}"\n{text}')
-        argv = [sys.executable, "-m", "nbgate", "serve", "-c", str(file)]
+        self.file = folder / "station.toml"
+        head = f'[server]\nlisten = ["127.0.0.1:0"]\nworkers = {workers}\ndata_dir = "{folder}/data"\n'
+        ends = f"drain_s = {drain_s}\ndrain_streams_s = {drain_s}\n{server}\n"
+        self.head = f'{head}{ends}[logging]\naccess = "{self.access}"\n'
+        self.file.write_text(self.head + text)
+        argv = [sys.executable, "-m", "nbgate", "serve", "-c", str(self.file)]
         with open(self.out, "wb") as out, open(self.err, "wb") as err:
             self.process = subprocess.Popen(argv, cwd=ROOT, stdout=out, stderr=err, env=clean_env())
         self.port = 0
@@ -75,12 +77,22 @@ class Station:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    def workers(self) -> list[tuple[int, int]]:
+        """List slot and pid of each worker process, those that drain too."""
+        pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        found = []
+        for pid in pids:
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if b"nbgate.worker" in words and b"--slot" in words:
+                    found.append((int(words[words.index(b"--slot") + 1]), int(pid)))
+        return found
+
     def worker(self) -> int:
         """Name the one worker's pid."""
-        pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        found = [int(pid) for pid in pids if b"nbgate.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        found = self.workers()
         assert len(found) == 1, found
-        return found[0]
+        return found[0][1]
 
     def stop(self) -> None:
         """Drain and end it."""
