@@ -82,7 +82,7 @@ class Fields:
         self.members = members
         self._spans = spans
         self.suspect = False
-        self.model = _model(members, dialect)
+        self.model = _model(members)
         self.stream = False
         self.n = 1
         self.max_tokens: int | None = None
@@ -224,8 +224,8 @@ class Fields:
         return out
 
 
-def read(body: bytes, dialect: str) -> Fields:
-    """Read a request body.
+def read(body: bytes, dialect: str, *, stored: bool = False) -> Fields:
+    """Read a request body; one about a stored object need name no model.
 
     Raises GateError, source client: `invalid_json`, `missing_model`,
     `invalid_type`, `invalid_value`, `ambiguous_parameter`.
@@ -244,6 +244,8 @@ def read(body: bytes, dialect: str) -> Fields:
     if spans is None:
         raise GateError("invalid_json", "The request body names a member twice.")
     fields = Fields(body, dialect, members, spans)
+    if not fields.model and not stored and dialect not in MODEL_OPTIONAL:
+        raise GateError("missing_model", param="model")
     fields.suspect = suspect
     return fields
 
@@ -353,17 +355,14 @@ def _reencoded(body: bytes) -> bytes:
         raise GateError("invalid_json") from None
 
 
-def _model(members: Members, dialect: str) -> str:
+def _model(members: Members) -> str:
+    """Give the model's name, "" if there is none."""
     raw = members.get("model")
     model = _any(raw) if raw is not None else None
     if model is None:
-        if dialect in MODEL_OPTIONAL:
-            return ""
-        raise GateError("missing_model", param="model")
+        return ""
     if not isinstance(model, str):
         raise _wrong_type("model", "a string")
-    if not model:
-        raise GateError("missing_model", param="model")
     if len(model) > MODEL_MAX or not model.isprintable():
         text = f"`model` must be at most {MODEL_MAX} printable characters."
         raise GateError("invalid_value", text, param="model")

@@ -23,7 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nbgate.channels import Candidates
+from nbgate.dialects import DIALECTS
 from nbgate.errors import GateError
+from nbgate.json_scan import JsonScan
+from nbgate.sse import fields, first_event
 
 if TYPE_CHECKING:
     from nbgate.body import Fields
@@ -36,11 +39,10 @@ logger = logging.getLogger("nbgate.pins")
 
 MAX_PINS: Final = 100_000
 FILE_BYTES: Final = 16 * 1024 * 1024
-HEAD_BYTES: Final = 4096  # of an answer in which its id is looked for
 # Ids as OpenAI makes them: platform.openai.com/docs/api-reference, read 2026-11.
 _ID: Final = {
-    "responses": re.compile(rb'"id"\s*:\s*"(resp_[A-Za-z0-9_-]{1,256})"'),
-    "chat": re.compile(rb'"id"\s*:\s*"(chatcmpl[-_][A-Za-z0-9_-]{1,256})"'),
+    "responses": re.compile(r"resp_[A-Za-z0-9_-]{1,256}"),
+    "chat": re.compile(r"chatcmpl[-_][A-Za-z0-9_-]{1,256}"),
 }
 
 
@@ -96,10 +98,9 @@ class Pins:
         pattern = _ID.get(dialect)
         if pattern is None or call.key is None:
             return
-        found = pattern.search(conn.buffered[:HEAD_BYTES])
-        if found is None:
+        stated, account = _own_id(conn, dialect), call.key.account_id
+        if pattern.fullmatch(stated) is None:
             return
-        stated, account = found[1].decode("ascii"), call.key.account_id
         known = self._pins.get(stated)
         # APPSEC: an answer may repeat what its asker wrote: an id that is another account's stays theirs.
         if known is None or known[0] == account:
@@ -144,3 +145,20 @@ class Pins:
             parts = line.split("\t")
             if len(parts) == 3 and parts[0] not in self._pins:
                 self._put(parts[0], parts[1], parts[2], own=False)
+
+
+def _own_id(conn: Connection, dialect: str) -> str:
+    """Read the id of an answer's own object, "" if it tells none yet.
+
+    APPSEC: the top-level one: answers repeat what their asker wrote.
+    """
+    data = conn.buffered
+    if conn.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
+        event = first_event(data)
+        if event is None:
+            return ""
+        name, payload = fields(event)
+        return DIALECTS[dialect].read_event(name, payload).id if payload is not None else ""
+    scan = JsonScan()
+    scan.feed(data)
+    return scan.words.get(b"id", "")

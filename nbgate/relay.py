@@ -111,7 +111,7 @@ def _plan(call: Call, raw: bytes) -> Plan:
     log = call.record
     if raw or (route.billed == "usage" and call.scope["method"] == "POST"):
         plan.raw = raw
-        plan.fields = fields = bodies.read(raw, route.dialect)
+        plan.fields = fields = bodies.read(raw, route.dialect, stored=bool(match.params))
         log.stream = plan.stream = fields.stream
         log.model = plan.model = fields.model or call.state.default_models.get(route.dialect, "")
         store = fields.store

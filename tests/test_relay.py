@@ -466,3 +466,26 @@ def test_models_come_in_three_shapes(scripted: Upstreams, gateway: Gateways) -> 
     assert get("/v1beta/models/gpt-4o")["name"] == "models/gpt-4o"
     assert get("/v1/models/nope")["error"]["code"] == "model_not_found"
     assert get("/v1beta/models/nope")["error"]["status"] == "NOT_FOUND"
+
+
+def test_an_answer_pins_its_own_id_and_none_that_it_repeats(scripted: Upstreams, gateway: Gateways) -> None:
+    repeats = {"metadata": {"id": "resp_theirs"}, "id": "resp_mine", "object": "response"}
+    event = {"type": "response.created", "sequence_number": 0, "response": {**repeats, "id": "resp_streamed"}}
+    whole = json.dumps(repeats).encode()
+    begun = b"event: response.created\ndata: %b\n\n" % json.dumps(event).encode()
+
+    def handler(asked: Asked, peer: Peer) -> None:
+        stream(begun)(asked, peer) if b'"stream"' in asked.body else peer.json(200, whole)
+
+    gate = gateway(config(channel("a", scripted(handler).url)))
+    post(gate, {"model": "m", "input": "x"}, "/v1/responses")
+    post(gate, {"model": "m", "input": "x", "stream": True}, "/v1/responses")
+    assert set(gate.app.pins._pins) == {"resp_mine", "resp_streamed"}
+
+
+def test_a_stored_chat_completion_is_updated_without_a_model(scripted: Upstreams, gateway: Gateways) -> None:
+    up = scripted(good)
+    gate = gateway(config(channel("a", up.url)))
+    assert post(gate, {**CHAT, "store": True}).status_code == 200
+    assert post(gate, {"metadata": {"a": "b"}}, "/v1/chat/completions/chatcmpl-1").status_code == 200
+    assert (up.asked[1].path, up.asked[1].body) == ("/v1/chat/completions/chatcmpl-1", b'{"metadata": {"a": "b"}}')
