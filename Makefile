@@ -75,8 +75,9 @@ test: lint types
 	$(PY) -m pytest -n 2 -q
 
 test-compiled: $(BUILT)/.stamp
-	NBGATE_TEST_TREE=$(CURDIR)/$(BUILT) $(USE_COMPILED) $(PY) -m pytest -n 2 -q tests/server tests/sdk tests/test_relay.py tests/test_upstream*.py \
-	  tests/test_body.py tests/test_meter.py tests/test_allowance.py tests/test_auth.py tests/test_channels.py tests/test_logs.py tests/test_metrics.py tests/dialects
+	NBGATE_TEST_TREE=$(CURDIR)/$(BUILT) $(USE_COMPILED):$(CURDIR)/bench $(PY) -m pytest -n 2 -q tests/server tests/sdk tests/test_relay.py tests/test_upstream*.py \
+	  tests/test_body.py tests/test_meter.py tests/test_allowance.py tests/test_auth.py tests/test_channels.py tests/test_logs.py tests/test_metrics.py tests/test_overload.py \
+	  tests/dialects --deselect tests/test_metrics.py::test_labels_stay_bounded_whatever_clients_send
 
 test-long: $(VENV)/.dev
 	$(PY) -m pytest -q -m long

@@ -27,6 +27,7 @@ from nbgate.local import LOCAL
 from nbgate.logs import AccessLog, CallRecord
 from nbgate.metrics import Metrics
 from nbgate.outbound import Outbound
+from nbgate.overload import Overload
 from nbgate.pins import Pins
 from nbgate.relay import relay
 from nbgate.routes import find, methods
@@ -96,6 +97,8 @@ class App:
         self.metrics.access_log = self.access
         self.ready = False
         self.loop_lag_s = 0.0
+        self.overload = Overload()
+        self.shedding = ""  # why new calls are refused; "" = they are not
         self.random = random.random
         self.wall = time.time
         self._server: Server | None = None
@@ -123,6 +126,15 @@ class App:
         if config.logging.access != old.config.logging.access:
             self.access.close()
             self.metrics.access_log = self.access = AccessLog(config.logging.access)
+
+    def watch(self, now: float, lag_s: float, resident_bytes: int) -> None:
+        """Take the load of the process; whoever owns the loop calls this, ten times a second."""
+        self.loop_lag_s = lag_s
+        for line in self.overload.look(now, lag_s, resident_bytes):
+            logger.warning(line)
+        self.shedding = self.overload.refusing
+        if self._server is not None:
+            self._server.overloaded = self.overload.memory != 0
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -174,6 +186,8 @@ class App:
             local = LOCAL.get(route.operation)
             if local is not None:
                 await local(call)
+            elif self.shedding:
+                raise self._shed(self.shedding)
             elif "nbgate.splice" in scope.get("extensions", ()):
                 await relay(call)
             else:
@@ -192,6 +206,12 @@ class App:
             await call.refuse(GateError("internal_server_error"))
         finally:
             call.close()
+
+    def _shed(self, reason: str) -> GateError:
+        """Count and word the refusal of a call for want of room."""
+        self.metrics.totals.counts[f"shed_{reason}"] += 1
+        wait_s = 1.0 + 2.0 * self.random()  # spread, or all of them would be back at once
+        return GateError("service_unavailable", "The gateway is overloaded. Please retry soon.", retry_after_s=wait_s)
 
     async def _refuse(self, call: Call, exc: GateError) -> None:
         if call.begun:
@@ -261,6 +281,8 @@ class App:
         """Read the gauges of this worker."""
         gauges = self.metrics.gauges
         gauges.loop_lag_seconds = self.loop_lag_s
+        gauges.overload_memory = self.overload.memory
+        gauges.overload_lag = self.overload.lag
         gauges.upstream_in_use = self.pool.lent
         gauges.upstream_idle = self.pool.total - self.pool.lent
         gauges.upstream_waiting = self.pool.waiting
@@ -269,6 +291,10 @@ class App:
             gauges.connections = stats.connections
             gauges.streams_open = stats.streams
             gauges.requests_active = stats.active_requests
+            self.metrics.follow("refused", stats.refused)
+            self.metrics.follow("timeouts", stats.timeouts)
+            self.metrics.follow("stalled", stats.stalled)
+            self.metrics.follow("rejected", stats.rejected)
 
 
 def _pool_limits(config: Config) -> PoolLimits:

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from signal import SIGTERM
 from typing import Final, NamedTuple
 
 READY: Final = b"R"
@@ -25,7 +26,9 @@ BEAT: Final = b"."
 BEAT_LIMIT_S: Final = 60.0
 FIRST_DELAY_S: Final = 0.1
 LAST_DELAY_S: Final = 5.0
-STEADY_S: Final = 10.0  # a life this long resets the back-off
+# A life this long resets the back-off. NOTE: longer, and a worker that is killed every few seconds is missed for up to
+# LAST_DELAY_S, by all connections of its slot; this long, one that always crashes costs a start every two seconds.
+STEADY_S: Final = 2.0
 # Exit codes that mean "do not restart me" (sysexits.h; systemd: RestartPreventExitStatus=77 78).
 EX_NOPERM: Final = 77  # an address, a folder or a lock cannot be had
 EX_CONFIG: Final = 78  # the configuration is wrong
@@ -95,10 +98,14 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
 
-    def end(self, within_s: float) -> None:
-        """Ask it to drain, and mark when it is killed if it does not."""
-        self.kill_at = time.monotonic() + within_s
-        self.signal(signal.SIGTERM)
+    def end(self, within_s: float, number: int = SIGTERM) -> None:
+        """Ask it to drain, and mark when it is killed if it does not.
+
+        What was asked before holds where it is sooner.
+        """
+        moment = time.monotonic() + within_s
+        self.kill_at = min(self.kill_at, moment) if self.kill_at else moment
+        self.signal(number)
 
     def poll(self) -> int | None:
         """Reap; the exit code, negative for a signal, None while it lives."""

@@ -71,8 +71,10 @@ async def _live(call: Call) -> None:
 
 
 async def _ready(call: Call) -> None:
-    if call.app.ready:
+    if call.app.ready and not call.app.shedding:
         await call.answer(200, _JSON, b'{"status":"ready"}')
+    elif call.app.ready:
+        raise GateError("service_unavailable", "The gateway is overloaded.", retry_after_s=1.0)
     else:
         raise GateError("service_unavailable", "The gateway is starting or shutting down.", retry_after_s=1.0)
 

@@ -1,10 +1,10 @@
 """Counters, histograms and gauges of all workers, for Prometheus.
 
 Purpose: `observe` counts one finished call in plain integers; `render` shows
-the sum over all workers, whichever of them is asked. Lives here: the table of
-metrics, the accumulators, the snapshot files by which workers know of each
-other. Must not: decide anything; keys or accounts as labels. Heat: R for
-`observe`, cold else; prometheus_client is imported at the first scrape.
+the sum over all workers, whichever of them is asked. Lives here: the
+accumulators, the snapshot files by which workers know of each other. Must not:
+names and text format (`exposition`, imported at the first scrape), decisions;
+keys or accounts as labels. Heat: R for `observe`, cold else.
 
 Rule 1: labels are bounded: operations come from `routes`, models only by names
 that resolved, channels from the config; what exceeds a bound counts as "other".
@@ -21,16 +21,13 @@ import logging
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import Any, Final
 
 import orjson
 
 from nbgate.logs import NO_USAGE, USAGE_KINDS, AccessLog, CallRecord
-
-if TYPE_CHECKING:
-    from prometheus_client.metrics_core import Metric as Family
 
 log = logging.getLogger("nbgate.metrics")
 
@@ -56,44 +53,13 @@ FIRST_BYTE_BOUNDS: Final[tuple[float, ...]] = (
 )  # fmt: skip
 
 
-class Metric(NamedTuple):
-    """One row of the table of metrics; `docs/metrics.md` is held equal to it."""
-
-    name: str
-    type: Literal["counter", "histogram", "gauge"]
-    labels: tuple[str, ...]
-    meaning: str
-
-
-METRICS: Final = (
-    Metric("nbgate_requests_total", "counter", ("operation", "status", "channel", "model"), "Calls answered."),
-    Metric("nbgate_errors_total", "counter", ("code", "source"), "Errors answered, by who is to blame."),
-    Metric("nbgate_tokens_total", "counter", ("channel", "model", "kind"), "Tokens that upstreams reported."),
-    Metric("nbgate_received_bytes_total", "counter", ("operation",), "Body bytes received from clients."),
-    Metric("nbgate_sent_bytes_total", "counter", ("operation",), "Body bytes sent to clients."),
-    Metric("nbgate_retries_total", "counter", (), "Tries after the first, of all calls."),
-    Metric("nbgate_log_lines_dropped_total", "counter", (), "Access log lines that could not be written."),
-    Metric(
-        "nbgate_overhead_seconds", "histogram", ("operation",), "Time in the gateway without waiting for the upstream."
-    ),
-    Metric("nbgate_request_seconds", "histogram", ("operation",), "Time from the request to the end of its answer."),
-    Metric("nbgate_first_byte_seconds", "histogram", ("operation",), "Time from the request to its first answer byte."),
-    Metric("nbgate_connections", "gauge", ("worker",), "Open client connections."),
-    Metric("nbgate_requests_active", "gauge", ("worker",), "Calls under way."),
-    Metric("nbgate_streams_open", "gauge", ("worker",), "Answers being relayed."),
-    Metric("nbgate_upstream_in_use", "gauge", ("worker",), "Upstream connections in use."),
-    Metric("nbgate_upstream_idle", "gauge", ("worker",), "Upstream connections kept for reuse."),
-    Metric("nbgate_upstream_waiting", "gauge", ("worker",), "Calls that wait for an upstream connection."),
-    Metric("nbgate_loop_lag_seconds", "gauge", ("worker",), "How late the event loop last ran a timer."),
-    Metric("nbgate_resident_bytes", "gauge", ("worker",), "Resident memory."),
-    Metric("nbgate_open_fds", "gauge", ("worker",), "Open file descriptors."),
-)
-
-
 _GAUGES: Final = (
-    "connections", "loop_lag_seconds", "open_fds", "requests_active", "resident_bytes",
-    "streams_open", "upstream_idle", "upstream_in_use", "upstream_waiting",
+    "connections", "loop_lag_seconds", "open_fds", "overload_lag", "overload_memory", "requests_active",
+    "resident_bytes", "streams_open", "upstream_idle", "upstream_in_use", "upstream_waiting",
 )  # fmt: skip
+# Of two processes of one slot, these show the worse one; the rest adds up.
+_WORST: Final = ("loop_lag_seconds", "overload_lag", "overload_memory")
+_COUNTS: Final = ("shed_memory", "shed_lag", "refused", "timeouts", "stalled", "rejected")
 
 
 class Gauges:
@@ -106,13 +72,16 @@ class Gauges:
         self.upstream_in_use = self.upstream_idle = self.upstream_waiting = 0
         self.loop_lag_seconds = 0.0
         self.resident_bytes = self.open_fds = 0
+        self.overload_lag = self.overload_memory = 0
 
     def as_dict(self) -> dict[str, float]:
         """Give the values by name."""
         return {name: getattr(self, name) for name in _GAUGES}
 
 
-class _Histogram:
+class Histogram:
+    """Counts by bucket, not cumulative."""
+
     __slots__ = ("counts", "sum")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
@@ -120,9 +89,9 @@ class _Histogram:
         self.sum = 0.0
 
 
-_BOUNDS: Final = (OVERHEAD_BOUNDS, REQUEST_BOUNDS, FIRST_BYTE_BOUNDS)
+BOUNDS: Final = (OVERHEAD_BOUNDS, REQUEST_BOUNDS, FIRST_BYTE_BOUNDS)
 # Snapshots of another shape are not read.
-_SHAPE: Final = f"1:{len(USAGE_KINDS)}:" + ":".join(str(len(bounds)) for bounds in _BOUNDS)
+_SHAPE: Final = f"1:{len(USAGE_KINDS)}:" + ":".join(str(len(bounds)) for bounds in BOUNDS)
 _OUTPUT: Final = USAGE_KINDS.index("output")
 _Labels = tuple[str, int, str, str]  # operation, status, channel, model
 
@@ -132,7 +101,7 @@ class _Series:
 
     __slots__ = ("bytes_in", "bytes_out", "first_byte", "overhead", "request", "requests", "tokens")
 
-    def __init__(self, times: tuple[_Histogram, _Histogram, _Histogram]) -> None:
+    def __init__(self, times: tuple[Histogram, Histogram, Histogram]) -> None:
         self.requests = self.bytes_in = self.bytes_out = 0
         self.tokens = [0] * len(USAGE_KINDS)
         self.overhead, self.request, self.first_byte = times
@@ -143,10 +112,11 @@ class Totals:
 
     def __init__(self) -> None:
         self.series: dict[_Labels, _Series] = {}
-        self.times: dict[str, tuple[_Histogram, _Histogram, _Histogram]] = {}
+        self.times: dict[str, tuple[Histogram, Histogram, Histogram]] = {}
         self.errors: dict[tuple[str, str], int] = {}
         self.retries = 0
         self.log_dropped = 0
+        self.counts = dict.fromkeys(_COUNTS, 0)  # `exposition.COUNTS` says what each is
         self._models = {"", OTHER}
 
     def observe(self, record: CallRecord) -> None:
@@ -198,13 +168,13 @@ class Totals:
             found = self.series[labels] = _Series(self._times(operation))
         return found
 
-    def _times(self, operation: str) -> tuple[_Histogram, _Histogram, _Histogram]:
+    def _times(self, operation: str) -> tuple[Histogram, Histogram, Histogram]:
         found = self.times.get(operation)
         if found is None:
             found = self.times[operation] = (
-                _Histogram(OVERHEAD_BOUNDS),
-                _Histogram(REQUEST_BOUNDS),
-                _Histogram(FIRST_BYTE_BOUNDS),
+                Histogram(OVERHEAD_BOUNDS),
+                Histogram(REQUEST_BOUNDS),
+                Histogram(FIRST_BYTE_BOUNDS),
             )
         return found
 
@@ -221,6 +191,7 @@ class Totals:
             "errors": [[*k, n] for k, n in self.errors.items()],
             "retries": self.retries,
             "log_dropped": self.log_dropped,
+            "counts": self.counts,
         }
 
     def add(self, dumped: dict[str, Any]) -> None:
@@ -242,6 +213,9 @@ class Totals:
             self._count_error((code, source), n)
         self.retries += dumped["retries"]
         self.log_dropped += dumped["log_dropped"]
+        counts = dumped.get("counts", {})
+        for name in _COUNTS:
+            self.counts[name] += counts.get(name, 0)
 
 
 class Metrics:
@@ -259,6 +233,7 @@ class Metrics:
         self.before: Callable[[], None] | None = None
         self.access_log: AccessLog | None = None
         self._dropped_seen = 0
+        self._seen: dict[str, int] = {}
         self.observe = self.totals.observe  # PERF: one call less per request
         # files
         self._clock = clock
@@ -328,7 +303,14 @@ class Metrics:
             # NOTE: monotonic time is one for all processes since boot; a file from before it is stale either way.
             if 0.0 <= now - snapshot["at"] <= FRESH_S:
                 _join(gauges.setdefault(snapshot["slot"], {}), snapshot["gauges"])
-        return _exposition(totals, gauges)
+        from nbgate.exposition import exposition
+
+        return exposition(totals, gauges)
+
+    def follow(self, name: str, value: int) -> None:
+        """Take over a count that another room keeps since this process began."""
+        self.totals.counts[name] += value - self._seen.get(name, 0)
+        self._seen[name] = value
 
     def _refresh(self) -> None:
         if self.before is not None:
@@ -402,10 +384,10 @@ def _try_add(totals: Totals, snapshot: dict[str, Any]) -> None:
 
 
 def _join(mine: dict[str, float], theirs: dict[str, float]) -> None:
-    """Add the gauges of two processes of one slot; of two lags the larger."""
+    """Add the gauges of two processes of one slot."""
     for name, value in theirs.items():
         old = mine.get(name, 0)
-        mine[name] = max(old, value) if name == "loop_lag_seconds" else old + value
+        mine[name] = max(old, value) if name in _WORST else old + value
 
 
 def _is_alive(pid: int) -> bool:
@@ -416,83 +398,3 @@ def _is_alive(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-# --- exposition ----------------------------------------------------------------------------------------------------
-
-
-def _samples(totals: Totals) -> dict[str, dict[tuple[str, ...], float]]:
-    """Sum the series up for each counter of the table."""
-    out: dict[str, dict[tuple[str, ...], float]] = {m.name: {} for m in METRICS if m.type == "counter"}
-
-    def count(name: str, labels: tuple[str, ...], n: float) -> None:
-        out[name][labels] = out[name].get(labels, 0) + n
-
-    for (operation, status, channel, model), series in totals.series.items():
-        count("nbgate_requests_total", (operation, str(status), channel, model), series.requests)
-        count("nbgate_received_bytes_total", (operation,), series.bytes_in)
-        count("nbgate_sent_bytes_total", (operation,), series.bytes_out)
-        for kind, n in zip(USAGE_KINDS, series.tokens, strict=True):
-            if n:
-                count("nbgate_tokens_total", (channel, model, kind), n)
-    for labels, n in totals.errors.items():
-        count("nbgate_errors_total", labels, n)
-    count("nbgate_retries_total", (), totals.retries)
-    count("nbgate_log_lines_dropped_total", (), totals.log_dropped)
-    return out
-
-
-class _Collector:
-    """Hand the merged numbers to prometheus_client."""
-
-    def __init__(self, totals: Totals, gauges: dict[int, dict[str, float]]) -> None:
-        self._totals = totals
-        self._gauges = gauges
-
-    def collect(self) -> Iterable[Family]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-
-        samples = _samples(self._totals)
-        histograms = iter(range(len(_BOUNDS)))
-        for metric in METRICS:
-            if metric.type == "counter":
-                counter = CounterMetricFamily(metric.name, metric.meaning, labels=metric.labels)
-                for labels, n in samples[metric.name].items():
-                    counter.add_metric(labels, n)
-                yield counter
-            elif metric.type == "gauge":
-                gauge = GaugeMetricFamily(metric.name, metric.meaning, labels=metric.labels)
-                for slot, values in self._gauges.items():
-                    gauge.add_metric((str(slot),), values.get(metric.name.removeprefix("nbgate_"), 0))
-                yield gauge
-            else:
-                family = HistogramMetricFamily(metric.name, metric.meaning, labels=metric.labels)
-                which = next(histograms)
-                for operation, three in self._totals.times.items():
-                    family.add_metric((operation,), _buckets(three[which], _BOUNDS[which]), three[which].sum)
-                yield family
-
-
-def _buckets(histogram: _Histogram, bounds: tuple[float, ...]) -> list[tuple[str, float]]:
-    """Give the cumulative buckets, as Prometheus wants them."""
-    out: list[tuple[str, float]] = []
-    reached = 0
-    for bound, n in zip((*bounds, float("inf")), histogram.counts, strict=True):
-        reached += n
-        out.append(("+Inf" if bound == float("inf") else f"{bound:g}", reached))
-    return out
-
-
-def _exposition(totals: Totals, gauges: dict[int, dict[str, float]]) -> bytes:
-    from prometheus_client import CollectorRegistry, generate_latest
-
-    registry = CollectorRegistry()
-    registry.register(_Collector(totals, gauges))
-    return generate_latest(registry)
-
-
-def table() -> str:
-    """Draw the table of `docs/metrics.md`."""
-    rows = ["| name | type | labels | meaning |", "|---|---|---|---|"]
-    rows += [f"| `{m.name}` | {m.type} | {', '.join(m.labels) or '–'} | {m.meaning} |" for m in METRICS]
-    return "\n".join(rows)

@@ -39,6 +39,7 @@ class Plan:
     data_dir: str
     drain_s: float
     drain_streams_s: float
+    drain_roll_s: float
     demo: bool
     demo_key: str
     demo_model: str

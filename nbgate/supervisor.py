@@ -5,7 +5,8 @@ Lives here: the loop, the signals, the order of start and end. Must not: the app
 (a short-lived child reads the file), threads, requests. Heat: cold.
 
 SIGTERM, SIGINT: drain all, then exit 0; a second SIGINT: at once. SIGHUP: validate, then swap in place.
-SIGUSR2: replace the workers one slot after the other, the new one ready before the old drains.
+SIGUSR2: replace the workers one slot after the other, the new one ready before the old drains; the old one is sent
+SIGUSR2 and may finish every answer, since its successor serves and holds the same sockets.
 Exit codes 77 and 78 mean "do not restart me": 77 an address, a folder or a lock cannot be had, 78 the
 configuration is wrong. A worker that ends with one of them is not started again either.
 """
@@ -280,7 +281,7 @@ class Supervisor:
         child.close()
         about = f"{child.name} (pid {child.pid}) {describe_code(code)} after {child.lived_s():.1f} s"
         if self.stopping or not (was_current or was_heir) or slot not in self._wanted_slots():
-            if code not in (0, -signal.SIGTERM):
+            if code not in (0, -signal.SIGTERM, -signal.SIGUSR2):
                 log(about)
         elif was_heir:
             self.rolling.clear()
@@ -367,7 +368,7 @@ class Supervisor:
         slot.failures = 0
         if old is not None:
             slot.draining.append(old)
-            old.end(self.plan.drain_streams_s + GRACE_S)
+            old.end(self.plan.drain_roll_s + GRACE_S, signal.SIGUSR2)
         log(f"{slot.name} is now pid {heir.pid}" + (f"; pid {old.pid} drains" if old else ""))
 
     def _stop(self, number: int) -> None:
@@ -384,8 +385,8 @@ class Supervisor:
             log("draining; a second Ctrl-C ends it at once" if number == signal.SIGINT else "draining")
         for slot in self.slots:
             for child in slot.children():
-                if not child.kill_at:
-                    child.end(self.plan.drain_streams_s + GRACE_S)
+                # Also to one that gives way in a roll: it has less time from now on.
+                child.end(self.plan.drain_streams_s + GRACE_S)
         # The workers hold their own copies until they stop accepting.
         self.listeners.close()
 

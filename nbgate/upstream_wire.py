@@ -165,6 +165,9 @@ class Wire:
             self.version = self.parser.get_http_version()
         elif self.phase == HEAD:
             self.interim += 1
+            if self.pieces:  # RFC 9110 15.2: a 1xx has no body, whatever its fields say
+                self.pieces.clear()
+                self.interim = MAX_INTERIM + 1
             if self.exchange is not None:
                 self.exchange.headers.clear()
 
@@ -190,7 +193,7 @@ class Wire:
         if self.count > MAX_HEADERS:
             exchange.fail("framing", f"over {MAX_HEADERS} header lines")
         elif self.interim > MAX_INTERIM:
-            exchange.fail("framing", f"over {MAX_INTERIM} interim answers")
+            exchange.fail("framing", f"over {MAX_INTERIM} interim answers, or one with a body")
         elif self.phase != HEAD:
             return self._judge(exchange, data, seen)
         elif total > limit:

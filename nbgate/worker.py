@@ -2,7 +2,7 @@
 
 Purpose: turn arguments and a configuration snapshot into a running data plane, and end it well.
 Lives here: the loop, signals, limits of the process, the map from configuration to server bounds.
-Must not: requests, SQL, restarts. Heat: cold, but for the sampler of the loop's lag (10 a second).
+Must not: requests, SQL, restarts. Heat: cold, but for the sampler of lag and memory (10 a second).
 
 `--describe` only validates a file and prints what the supervisor must know of it, as JSON.
 """
@@ -36,6 +36,9 @@ ORPHAN_DRAIN_S: Final = 5.0  # when the supervisor is gone
 # PERF: cyclic garbage is rare by design; 50,000 allocations between young collections instead of 700.
 GC_THRESHOLDS: Final = (50_000, 20, 20)
 MAX_CONNECTIONS: Final = 20_000
+RELIEF_S: Final = 10.0  # between two attempts to give memory back
+
+_PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 logger = logging.getLogger("nbgate.worker")
 
@@ -51,6 +54,7 @@ def describe(config: Config) -> dict[str, Any]:
         "data_dir": server.data_dir,
         "drain_s": server.drain_s,
         "drain_streams_s": server.drain_streams_s,
+        "drain_roll_s": roll_s(config),
         "demo": config.has_demo,
         "demo_key": config.demo.key,
         "demo_model": plain[0] if plain else "gpt-4o",
@@ -62,6 +66,12 @@ def describe(config: Config) -> dict[str, Any]:
 def workers(config: Config) -> int:
     """Count the workers: as configured, or one per usable core."""
     return config.server.workers or len(os.sched_getaffinity(0))
+
+
+def roll_s(config: Config) -> float:
+    """Say how long an answer may take at most: so long a worker gives way in a roll."""
+    totals = (channel.timeouts.total_s for channel in config.channels.values() if channel.enabled)
+    return max([config.server.drain_streams_s, *totals])
 
 
 def memory_bytes(config: Config) -> int:
@@ -99,6 +109,24 @@ def settings(config: Config) -> Settings:
     )
 
 
+def resident_bytes() -> int:
+    """Read the resident memory of this process; 0 where it cannot be read."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * _PAGE_BYTES
+    except OSError:
+        return 0
+
+
+def relieve() -> None:
+    """Give back what is free but held: no worker may refuse calls for it for ever."""
+    import ctypes
+
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not every libc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Worker:
     """One running worker; lives as long as its process."""
 
@@ -108,22 +136,26 @@ class Worker:
         self.loop: asyncio.AbstractEventLoop
         self.app: App
         self.server: Server
+        self.told: asyncio.Event  # to end, or to give way
         self.ended: asyncio.Event
         self.orphaned = False
+        self._relieve_at = 0.0
         self._reloading: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Serve until SIGTERM or the supervisor's death, then drain."""
+        """Serve until SIGTERM, SIGUSR2 or the supervisor's death, then drain."""
         from nbgate.app import App
         from nbgate.server.listener import Server
 
         self.loop = asyncio.get_running_loop()
-        self.ended = asyncio.Event()
+        self.told, self.ended = asyncio.Event(), asyncio.Event()
         self.app = App(self.config, slot=self.args.slot, workers=self.args.workers, run_dir=self.args.run_dir)
         self.server = Server(self.app, settings(self.config))
         self.app.attach(self.server)
+        self.app.overload.memory_bytes = memory_bytes(self.config)
         # Signal handlers only set a flag or start the work in the loop.
-        self.loop.add_signal_handler(signal.SIGTERM, self.ended.set)
+        self.loop.add_signal_handler(signal.SIGTERM, self._on_term)
+        self.loop.add_signal_handler(signal.SIGUSR2, self.told.set)
         self.loop.add_signal_handler(signal.SIGHUP, self._on_hup)
         self.loop.add_reader(self.args.control_fd, self._on_control)
         await self.server.start([socket.socket(fileno=fd) for fd in self.args.fds])
@@ -134,10 +166,24 @@ class Worker:
         self._sample(self.loop.time())
         self._write(READY)
         self._beat()
-        await self.ended.wait()
+        await self.told.wait()
+        if not self.ended.is_set():
+            await self._give_way()
         await self._end()
 
+    async def _give_way(self) -> None:
+        """Let all answers end while the successor serves; SIGTERM cuts it short."""
+        longest = roll_s(self.config)
+        drain = self.loop.create_task(self.server.drain(longest, longest, queued=False))
+        ended = self.loop.create_task(self.ended.wait())
+        await asyncio.wait((drain, ended), return_when=asyncio.FIRST_COMPLETED)
+        for task in (drain, ended):
+            task.cancel()
+        await asyncio.wait((drain, ended))
+
     async def _end(self) -> None:
+        # The successor answers for a worker that gave way: /readyz speaks of the node.
+        self.app.ready = self.app.ready and not self.ended.is_set()
         bounds = self.config.server
         longest = ORPHAN_DRAIN_S if self.orphaned else bounds.drain_streams_s
         await self.server.drain(min(bounds.drain_s, longest), longest)
@@ -148,9 +194,12 @@ class Worker:
         await self.server.stop()
 
     def _sample(self, due: float) -> None:
-        """Measure how late the loop is, ten times a second."""
+        """Measure how late the loop is and what memory is held, ten times a second."""
         now = self.loop.time()
-        self.app.loop_lag_s = max(0.0, now - due)
+        self.app.watch(now, max(0.0, now - due), resident_bytes())
+        if self.app.overload.memory and now >= self._relieve_at:
+            self._relieve_at = now + RELIEF_S
+            relieve()
         self.loop.call_at(now + LAG_SAMPLE_S, self._sample, now + LAG_SAMPLE_S)
 
     def _beat(self) -> None:
@@ -162,11 +211,15 @@ class Worker:
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(self.args.beat_fd, byte)
 
+    def _on_term(self) -> None:
+        self.ended.set()
+        self.told.set()
+
     def _on_control(self) -> None:
         if not os.read(self.args.control_fd, 4096):
             self.loop.remove_reader(self.args.control_fd)
             self.orphaned = True
-            self.ended.set()
+            self._on_term()
 
     def _on_hup(self) -> None:
         if self._reloading is None or self._reloading.done():
@@ -187,6 +240,7 @@ class Worker:
             logger.error("reload failed, the old configuration stays: %s", exc)
             return
         self.config = config
+        self.app.overload.memory_bytes = memory_bytes(config)
         logs.setup(config.logging.level)
         self.server.settings = settings(config)
 

@@ -13,7 +13,6 @@ import select
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ class Fake:
         self.wake, wake_write = os.pipe()
         os.set_blocking(wake_write, False)
         signal.set_wakeup_fd(wake_write)
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
             signal.signal(number, lambda *_: None)
 
     def say(self, event: str) -> None:
@@ -74,10 +73,12 @@ class Fake:
             numbers = os.read(self.wake, 100) if self.wake in ready else b""
             if signal.SIGHUP in numbers:
                 self.say(f"hup-{read_config().get('note')}")
-            if signal.SIGTERM in numbers and not fake.get("stubborn"):
-                self.say("term")
+            told = [n for n in numbers if n in (signal.SIGTERM, signal.SIGUSR2)]
+            if told and not fake.get("stubborn"):
+                self.say("term" if signal.SIGTERM in told else "roll")
                 while fake.get("hold") and os.path.exists(fake["hold"]):
-                    time.sleep(0.01)
+                    if select.select([self.wake], [], [], 0.01)[0] and signal.SIGTERM in os.read(self.wake, 100):
+                        self.say("hurry")
                 self.say("end")
                 return 0
             for sock in self.socks:

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "nbgate"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREE = sorted(p for folder in ("nbgate", "tests", "bench") for p in (ROOT / folder).rglob("*.py"))
 PURE = ["channels", "sse", "meter", "json_scan", "errors", "body", "routes", "server.wire", "allowance", "inflate"]
+PURE += ["overload"]
 PURE += [f"dialects.{p.stem}" for p in (PACKAGE / "dialects").glob("*.py")]
 WORLD = {"asyncio", "os", "time", "random", "socket", "ssl", "aiohttp", "uvloop", "httptools", "select", "selectors"}
 STDLIB_ONLY = ["supervisor", "children", "plan", "sockets", "notify"]

@@ -14,8 +14,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nbgate import metrics as room
+from nbgate.exposition import COUNTS, METRICS, table
 from nbgate.logs import USAGE_KINDS, AccessLog, CallRecord
-from nbgate.metrics import METRICS, Metrics, table
+from nbgate.metrics import Metrics
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 
@@ -247,6 +248,34 @@ def test_gauges_are_set_before_each_scrape_and_measured(clock: Clock) -> None:
     assert samples["nbgate_streams_open", "0"] == 3
     assert samples["nbgate_resident_bytes", "0"] > 1e6
     assert samples["nbgate_open_fds", "0"] >= 3
+
+
+def test_counts_of_other_rooms_are_followed_and_go_on_after_a_death(tmp_path: Path, clock: Clock) -> None:
+    first = Metrics(0, str(tmp_path), clock=clock)
+    assert set(COUNTS) == set(first.totals.counts)
+    for value in (2, 2, 5):
+        first.follow("refused", value)
+    first.follow("stalled", 1)
+    first.totals.counts["shed_lag"] += 3
+    first.close()
+    second = Metrics(0, str(tmp_path), clock=clock)
+    second.follow("refused", 4)
+    samples = read(second)
+    assert samples["nbgate_connections_refused_total",] == 9
+    assert samples["nbgate_timeouts_total", "stalled"] == 1 and samples["nbgate_timeouts_total", "request"] == 0
+    assert samples["nbgate_shed_total", "lag"] == 3 and samples["nbgate_shed_total", "memory"] == 0
+
+
+def test_overload_of_two_processes_of_a_slot_is_the_worse_one(tmp_path: Path, clock: Clock) -> None:
+    draining, fresh = Metrics(0, str(tmp_path), clock=clock), Metrics(0, str(tmp_path), clock=clock)
+    draining.gauges.overload_memory, fresh.gauges.overload_memory, fresh.gauges.overload_lag = 2, 1, 2
+    draining._ident = f"{os.getppid()}-1"
+    draining.write()
+    assert draining.path is not None
+    draining.path.rename(tmp_path / f"metrics-0-{os.getppid()}.json")
+    samples = read(fresh)
+    assert samples["nbgate_overload_state", "memory", "0"] == 2
+    assert samples["nbgate_overload_state", "lag", "0"] == 2
 
 
 def test_dropped_log_lines_are_counted_also_over_a_new_log(clock: Clock) -> None:

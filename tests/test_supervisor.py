@@ -60,8 +60,8 @@ class Node:
         self.pass_fds: tuple[int, ...] = ()
         self.plan: dict[str, Any] = {
             "listen": [["", "127.0.0.1", 0]], "workers": 2, "data_dir": str(folder / "data"), "drain_s": 0.1,
-            "drain_streams_s": 0.2, "demo": False, "demo_key": "", "demo_model": "gpt-4o", "admin_key": False,
-            "restart": {"server.listen": "1"}, "fake": {"log": str(self.events_file)},
+            "drain_streams_s": 0.2, "drain_roll_s": 30, "demo": False, "demo_key": "", "demo_model": "gpt-4o",
+            "admin_key": False, "restart": {"server.listen": "1"}, "fake": {"log": str(self.events_file)},
         }  # fmt: skip
         self.plan["fake"].update(plan.pop("fake", {}))
         self.plan.update(plan)
@@ -371,21 +371,21 @@ def test_supervisor_rolls_slot_by_slot_with_the_new_worker_ready_first(node: Cal
         assert one.ask()  # no connection is refused or left alone at any time
     new = one.pids()[2:]
     assert len(new) == 2 and not set(new) & set(old)
-    order = [line.rpartition(" ")[0] for line in one.events() if line.startswith(("start", "term"))][2:]
-    assert order.index("start 0") < order.index("term 0") < order.index("term 1")
-    assert order.index("start 0") < order.index("start 1") < order.index("term 1")
+    order = [line.rpartition(" ")[0] for line in one.events() if line.startswith(("start", "roll"))][2:]
+    assert order.index("start 0") < order.index("roll 0") < order.index("roll 1")
+    assert order.index("start 0") < order.index("start 1") < order.index("roll 1")
     until(lambda: not any(map(alive, old)))
     assert all(map(alive, new))
 
 
 def test_supervisor_lets_old_workers_finish_and_holds_no_third_in_a_slot(node: Callable[..., Node]) -> None:
     hold = "hold"
-    one = node(workers=1, drain_streams_s=60)
+    one = node(workers=1, drain_roll_s=60)
     one.plan["fake"]["hold"] = str(one.folder / hold)
     (one.folder / hold).touch()
     one.start()
     one.signal(signal.SIGUSR2)
-    until(lambda: one.events("term"))
+    until(lambda: one.events("roll"))
     one.signal(signal.SIGUSR2)
     until(lambda: one.err().count("replacing the workers") == 2)
     assert one.ask() and len(one.events("start")) == 2 and alive(one.pids()[0])
@@ -401,7 +401,22 @@ def test_supervisor_keeps_the_old_workers_when_a_new_one_fails(node: Callable[..
     until(lambda: len(one.events("hup")) == 2)
     one.signal(signal.SIGUSR2)
     until(lambda: "the roll is given up, the old workers stay" in one.err())
-    assert one.ask() and one.events("term") == [] and len(one.events("start")) == 3
+    assert one.ask() and one.events("roll") == [] and len(one.events("start")) == 3
+
+
+def test_supervisor_gives_an_old_worker_of_a_roll_no_longer_than_the_others_once_it_ends(
+    node: Callable[..., Node],
+) -> None:
+    one = node(workers=1, drain_roll_s=3600, drain_streams_s=0.5)
+    one.plan["fake"]["hold"] = str(one.folder / "hold")
+    (one.folder / "hold").touch()
+    one.start()
+    one.signal(signal.SIGUSR2)
+    until(lambda: one.events("roll"))
+    one.signal(signal.SIGTERM)
+    assert one.wait() == 0
+    assert one.pids("hurry") == one.pids()[:1], "it was told, and then killed"
+    assert not any(map(alive, one.pids()))
 
 
 # -- the end

@@ -101,6 +101,7 @@ FRAMING = {
     "two codings": HEAD + b"content-encoding: gzip\r\ncontent-encoding: gzip\r\ncontent-length: 1\r\n\r\na",
     "not gzip": HEAD + b"content-encoding: gzip\r\ncontent-length: 4\r\n\r\nabcd",
     "interim flood": b"HTTP/1.1 100 Continue\r\n\r\n" * 17 + OK,
+    "interim with a body": b"HTTP/1.1 199 X\r\ncontent-length: 5\r\n\r\nhello" + OK,
     "header flood": HEAD + b"a: b\r\n" * 201 + b"content-length: 0\r\n\r\n",
     "trailer flood": STREAM_HEAD + b"0\r\n" + b"a: bbbbbbbbbbbbbbbbbbbbbbbbb\r\n" * 5000,
 }

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+from harness import KEY
+from station import Station
 
 from nbgate import config as c
 from nbgate import worker
@@ -92,3 +99,99 @@ def test_worker_serves_reloads_and_ends_under_the_real_supervisor(tmp_path: Path
             assert process.wait(20) == 0
         finally:
             process.kill()
+
+
+CHANNEL = """
+[channels.slow]
+type = "openai"
+base_url = "{url}/v1"
+keys = ["up-secret"]
+models = ["slow"]
+[[keys]]
+key = "{key}"
+account = "test"
+"""
+
+
+class Slow:
+    """An upstream whose one stream goes on until told."""
+
+    def __init__(self, scripted: Callable[..., Any]) -> None:
+        self.go = threading.Event()
+        self.url = scripted(self._answer).url
+
+    async def _answer(self, asked: Any, peer: Any) -> None:
+        peer.sse_head()
+        peer.chunk(b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n')
+        await asyncio.get_running_loop().run_in_executor(None, self.go.wait, 20)
+        peer.chunk(b"data: [DONE]\n\n")
+        peer.end()
+
+
+def stream(one: Station) -> Iterator[bytes]:
+    """Begin a stream; give its lines as they come."""
+    body = json.dumps({"model": "slow", "stream": True, "messages": [{"role": "user", "content": "hi"}]}).encode()
+    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
+    request = urllib.request.Request(f"{one.url}/v1/chat/completions", body, headers)
+    with urllib.request.urlopen(request, timeout=20) as found:
+        yield from found
+
+
+def test_old_worker_of_a_roll_lets_streams_end_beyond_the_drain(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    slow = Slow(scripted)
+    with Station(tmp_path, CHANNEL.format(url=slow.url, key=KEY), drain_s=1) as one:
+        lines = stream(one)
+        assert b'"a"' in next(lines)
+        old = one.worker()
+        one.process.send_signal(signal.SIGUSR2)
+        until(lambda: "is now pid" in one.err.read_text())
+        with pytest.raises(AssertionError, match="deadline"):
+            until(lambda: old not in {pid for _, pid in one.workers()}, within_s=2.5)
+        slow.go.set()
+        assert [line for line in lines if line.strip()] == [b"data: [DONE]\n"]
+        until(lambda: old not in {pid for _, pid in one.workers()})
+
+
+def test_old_worker_of_a_roll_ends_with_the_station(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    slow = Slow(scripted)
+    with Station(tmp_path, CHANNEL.format(url=slow.url, key=KEY), drain_s=1) as one:
+        lines = stream(one)
+        assert b'"a"' in next(lines)
+        one.process.send_signal(signal.SIGUSR2)
+        until(lambda: "is now pid" in one.err.read_text())
+        one.process.send_signal(signal.SIGTERM)
+        rest = b"".join(lines)
+        assert b'"error"' in rest and b"[DONE]" not in rest
+        assert one.process.wait(20) == 0
+        assert "SIGKILL" not in one.err.read_text()
+        slow.go.set()
+
+
+def test_connections_that_nobody_accepted_yet_are_served_when_the_station_ends(tmp_path: Path) -> None:
+    with Station(tmp_path, "", drain_s=5) as one:
+        pid = one.worker()
+        os.kill(pid, signal.SIGSTOP)
+        clients = [socket.create_connection(("127.0.0.1", one.port), 20) for _ in range(50)]
+        for client in clients[::2]:
+            client.sendall(b"GET /readyz HTTP/1.1\r\nhost: a\r\n\r\n")
+        one.process.send_signal(signal.SIGTERM)
+        until(lambda: "draining" in one.err.read_text())
+        os.kill(pid, signal.SIGCONT)
+        for number, client in enumerate(clients):
+            with client:  # its end is a clean one: recv would raise after a reset
+                data = b"".join(iter(lambda: client.recv(65536), b""))  # noqa: B023
+            assert data.count(b"HTTP/1.1 ") == (number % 2 == 0), data
+        assert one.process.wait(20) == 0
+
+
+def test_worker_gives_way_as_long_as_the_longest_answer_may_take() -> None:
+    text = '[channels.{}]\ntype = "demo"\nmodels = ["x"]\nenabled = {}\ntimeouts = {{ total_s = {} }}\n'
+    assert worker.roll_s(c.parse("", {})) == 300
+    parts = [text.format("a", "true", 700), text.format("b", "true", 900), text.format("d", "false", 7000)]
+    assert worker.roll_s(c.parse("".join(parts), {})) == 900
+    assert worker.describe(c.parse(parts[0], {}))["drain_roll_s"] == 700
+
+
+def test_worker_knows_and_gives_back_its_memory() -> None:
+    assert worker.resident_bytes() > 1 << 20
+    worker.relieve()

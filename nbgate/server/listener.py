@@ -15,7 +15,7 @@ import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from .protocol import HttpProtocol
 from .settings import Rejection, Settings, Stats, plain_rejection
@@ -26,6 +26,11 @@ __all__ = ["Server", "Settings", "Stats"]
 logger = logging.getLogger("nbgate.server")
 
 App = Callable[..., Any]
+
+BACKLOG: Final = 4096
+# Envoy's scaled timeouts: idle connections go sooner from here on, and soonest from there.
+CROWDED_FROM: Final = 0.85
+CROWDED_TO: Final = 0.95
 
 
 class Server:
@@ -48,6 +53,7 @@ class Server:
         self.loop: asyncio.AbstractEventLoop
         self._clock = clock
         self._servers: list[asyncio.AbstractServer] = []
+        self._socks: list[socket.socket] = []  # the same, to accept by hand
         self._ticker: asyncio.TimerHandle | None = None
         self._addresses: dict[str, int] = {}
         self._lifespan = Lifespan(app)
@@ -58,7 +64,8 @@ class Server:
         await self._lifespan.startup()
         self._tick()
         for sock in socks:
-            self._servers.append(await self.loop.create_server(self._protocol, sock=sock, backlog=4096))
+            self._servers.append(await self.loop.create_server(self._protocol, sock=sock, backlog=BACKLOG))
+            self._socks.append(sock)
 
     def _protocol(self) -> asyncio.BaseProtocol:
         return cast(asyncio.BaseProtocol, HttpProtocol(self))
@@ -68,11 +75,22 @@ class Server:
         for server in self._servers:
             server.close()
         self._servers.clear()
+        self._socks.clear()
 
-    async def drain(self, plain_s: float, streams_s: float) -> None:
-        """Let answers end: plain ones `plain_s`, streams `streams_s`."""
+    async def drain(self, plain_s: float, streams_s: float, *, queued: bool = True) -> None:
+        """Let answers end: plain ones `plain_s`, streams `streams_s`.
+
+        `queued`: also serve who waits in the accept queues, which end with the
+        last process that holds them; False where another one goes on to accept.
+        May be cancelled and begun again with other times.
+        """
         self.draining = True
+        waiting = self._take_queued() if queued else []
         self.stop_accepting()
+        if waiting:
+            made = (self.loop.connect_accepted_socket(self._protocol, sock) for sock in waiting)
+            await asyncio.gather(*made, return_exceptions=True)
+        self.now = self._clock()
         for protocol in tuple(self.connections):
             protocol.drain()
         start = self._clock()
@@ -86,6 +104,21 @@ class Server:
         await self._until_empty(self._clock() + 1.0, streams=True)
         for protocol in tuple(self.connections):
             protocol.cut()
+
+    def _take_queued(self) -> list[socket.socket]:
+        """Accept whoever waits; closing the listeners would reset them."""
+        found: list[socket.socket] = []
+        for sock in self._socks:
+            while len(found) < BACKLOG:
+                try:
+                    found.append(sock.accept()[0])
+                except ConnectionError:  # that one has left
+                    continue
+                except OSError:  # none left, or no descriptor
+                    break
+        for sock in found:
+            sock.setblocking(False)
+        return found
 
     async def _until_empty(self, until: float, streams: bool) -> None:
         """Sleep until nothing is left, or `until`; streams may be left to wait."""
@@ -143,12 +176,21 @@ class Server:
         self._ticker = self.loop.call_later(settings.tick_s, self._tick)  # first: whatever fails below, time goes on
         self.now = now = self._clock()
         self.date_line = _date_line()
-        # Envoy's scaled timeouts: idle connections go first when the bound comes near.
-        crowded = len(self.connections) > 0.85 * settings.max_connections
+        crowded_s = self._crowded_s()
         for protocol in tuple(self.connections):
-            protocol.tick(now, crowded)
+            protocol.tick(now, crowded_s)
         for splice in tuple(self.splices):
             splice.tick(settings.tick_s, settings.stream_keepalive_s)
+
+    def _crowded_s(self) -> float:
+        """Give how long a connection may idle near the bound; 0 = as ever."""
+        settings = self.settings
+        share = len(self.connections) / settings.max_connections
+        if share <= CROWDED_FROM:
+            return 0.0
+        room = max(0.0, (CROWDED_TO - share) / (CROWDED_TO - CROWDED_FROM))
+        longest, shortest = settings.keepalive_s, min(settings.keepalive_s, settings.crowded_keepalive_s)
+        return shortest + (longest - shortest) * room
 
 
 class Lifespan:

@@ -365,7 +365,8 @@ class HttpProtocol:
         if self.body is not None or not cycle.keep_alive:
             self._close()
             return
-        self.deadline = self.server.now + self.settings.keepalive_s
+        idle_s = self.settings.drain_idle_s if self.server.draining else self.settings.keepalive_s
+        self.deadline = self.server.now + idle_s
         self._go_on()
 
     def _broken(self, exc: WireError) -> None:
@@ -442,8 +443,8 @@ class HttpProtocol:
 
     # ticker
 
-    def tick(self, now: float, crowded: bool) -> None:
-        """Look at the deadlines; called each `tick_s`."""
+    def tick(self, now: float, crowded_s: float) -> None:
+        """Look at the deadlines, each `tick_s`; `crowded_s` bounds idleness, 0 = does not."""
         if self.paused:
             self._check_stall(now)
         elif now >= self.deadline:
@@ -453,8 +454,8 @@ class HttpProtocol:
             slow = self._body_bytes < self.settings.body_min_bytes_per_s * elapsed
             if slow and elapsed > self.settings.body_grace_s and not self._body_waits:
                 self._timeout("request body came too slowly")
-        elif crowded and self.idle and self.deadline > now + self.settings.crowded_keepalive_s:
-            self.deadline = now + self.settings.crowded_keepalive_s
+        elif crowded_s and self.idle and self.deadline > now + crowded_s:
+            self.deadline = now + crowded_s
 
     @property
     def idle(self) -> bool:
@@ -479,7 +480,7 @@ class HttpProtocol:
                 self.deadline = now + self.settings.write_timeout_s
             else:
                 self.transport.abort()
-        elif self.idle and self._requests:
+        elif self.idle and (self._requests or self.server.draining):
             self._close()
         elif self.body is not None and self._body_waits:
             self.deadline = now + self.settings.body_timeout_s
@@ -491,9 +492,7 @@ class HttpProtocol:
         self._broken(WireError(408, "request_timeout", message))
 
     def drain(self) -> None:
-        """Close now when idle, else after the answer."""
+        """Close in a moment when idle; an answer without `connection: close` is a promise."""
         if self.idle:
-            self._close()
-        elif self.cycle is not None:
-            self.cycle.keep_alive = False
+            self.deadline = min(self.deadline, self.server.now + self.settings.drain_idle_s)
 

@@ -35,6 +35,7 @@ class Settings:
     body_grace_s: float = 20.0
     keepalive_s: float = 75.0
     crowded_keepalive_s: float = 2.0
+    drain_idle_s: float = 1.0  # a request may be on its way when the drain begins
     max_connections: int = 20_000
     max_connections_per_address: int = 0
     max_requests_per_connection: int = 0

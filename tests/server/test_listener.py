@@ -303,7 +303,7 @@ STREAM, SLEEP = (b"GET /%b HTTP/1.1\r\nhost: a\r\n\r\n" % p for p in (b"stream",
 
 def test_drain_ends_idle_ones_at_once_plain_ones_then_streams() -> None:
     async def main() -> None:
-        async with live(streaming) as (server, port):
+        async with live(streaming, drain_idle_s=0.05) as (server, port):
             idle, plain, stream, partial = [await dial(port, r) for r in (GET, SLEEP, STREAM, b"GET /")]
             await until(lambda: server.stats.requests == 3 and len(server.connections) == 4)
             loop = asyncio.get_running_loop()

@@ -266,15 +266,15 @@ def test_idle_connection_is_closed_without_a_word_after_its_keepalive(bench: Mak
     assert one.server.stats.timeouts == 0
 
 
-def test_idle_connections_go_sooner_when_the_bound_is_near(bench: Make) -> None:
-    one = bench(echo, keepalive_s=75.0, crowded_keepalive_s=2.0, max_connections=10)
-    clients = [one.connect().send(GET) for _ in range(8)]
-    one.advance(3.0)
+@pytest.mark.parametrize(("held", "idle_s"), [(17, 75.0), (18, 38.5), (19, 2.0), (20, 2.0)])
+def test_idle_connections_go_sooner_the_nearer_the_bound(bench: Make, held: int, idle_s: float) -> None:
+    one = bench(echo, keepalive_s=75.0, crowded_keepalive_s=2.0, max_connections=20, head_timeout_s=99.0)
+    clients = [one.connect().send(GET) for _ in range(held - 1)]
+    reading = one.connect().send(b"GET / HT")
+    one.advance(idle_s - 0.5)
     assert not any(c.done for c in clients)
-    gate = one.connect().send(b"GET / HT")
-    one.advance(3.0)
-    assert all(c.done for c in clients)
-    assert not gate.done
+    one.advance(1.0)
+    assert all(c.done for c in clients) and not reading.done
 
 
 def test_body_that_stops_is_answered_408(bench: Make) -> None:
