@@ -30,29 +30,10 @@ class HttpProtocol:
     """Serve one connection; an asyncio protocol by its methods."""
 
     __slots__ = (
-        "_advancing",
-        "_body_at",
-        "_body_bytes",
-        "_drain_waiter",
-        "_head",
-        "_held",
-        "_lingered",
-        "_pending",
-        "_requests",
-        "_stall_at",
-        "_stall_size",
-        "body",
-        "closing",
-        "cycle",
-        "deadline",
-        "paused",
-        "peer",
-        "reading_paused",
-        "server",
-        "settings",
-        "sockname",
-        "transport",
-    )
+        "_advancing", "_body_at", "_body_bytes", "_drain_waiter", "_head", "_held", "_lingered", "_pending",
+        "_requests", "_stall_at", "_stall_size", "body", "closing", "cycle", "deadline", "paused", "peer",
+        "reading_paused", "server", "settings", "sockname", "transport",
+    )  # fmt: skip
 
     def __init__(self, server: Server) -> None:
         # process
@@ -424,22 +405,19 @@ class HttpProtocol:
             self.transport.close()
 
     def _gone(self) -> None:
-        cycle = self.cycle
-        if cycle is not None:
-            cycle.client_gone()
+        if self.cycle is not None:
+            self.cycle.client_gone()
         self._wake_writer()
 
     def exhausted(self) -> bool:
         """Tell whether this connection has had its share of requests."""
-        bound = self.settings.max_requests_per_connection
-        return 0 < bound <= self._requests
+        return 0 < self.settings.max_requests_per_connection <= self._requests
 
     async def writable(self) -> None:
         """Sleep until the client has read enough, or left."""
         if self.paused and not self.closing:
-            if self._drain_waiter is None:
-                self._drain_waiter = Waiter()
-            await self._drain_waiter
+            self._drain_waiter = waiter = self._drain_waiter or Waiter()
+            await waiter
 
     # ticker
 
@@ -450,12 +428,19 @@ class HttpProtocol:
         elif now >= self.deadline:
             self._expired(now)
         elif self.body is not None:
-            elapsed = now - self._body_at
-            slow = self._body_bytes < self.settings.body_min_bytes_per_s * elapsed
-            if slow and elapsed > self.settings.body_grace_s and not self._body_waits:
-                self._timeout("request body came too slowly")
+            self._check_body(now)
         elif crowded_s and self.idle and self.deadline > now + crowded_s:
             self.deadline = now + crowded_s
+
+    def _check_body(self, now: float) -> None:
+        elapsed, settings, cycle = now - self._body_at, self.settings, self.cycle
+        if cycle is not None and not cycle.started:
+            if elapsed > settings.body_patience_s:  # APPSEC: a slow stranger is told so before all of the body
+                cycle.start()
+        elif elapsed > settings.body_grace_s and not self._body_waits and self._body_bytes < (
+            settings.body_min_bytes_per_s * elapsed
+        ):
+            self._timeout("request body came too slowly")
 
     @property
     def idle(self) -> bool:
@@ -493,6 +478,6 @@ class HttpProtocol:
 
     def drain(self) -> None:
         """Close in a moment when idle; an answer without `connection: close` is a promise."""
-        if self.idle:
-            self.deadline = min(self.deadline, self.server.now + self.settings.drain_idle_s)
+        soon = self.server.now + self.settings.drain_idle_s
+        self.deadline = min(self.deadline, soon) if self.idle else self.deadline
 

@@ -28,6 +28,7 @@ class Settings:
     max_body_bytes: int = 32 * 1024 * 1024
     max_upload_bytes: int = 512 * 1024 * 1024
     eager_body_bytes: int = 64 * 1024  # a larger body is read only when the app asks for it
+    body_patience_s: float = 1.0  # a smaller one, when it takes longer than this
     body_memory_bytes: int = 1024 * 1024 * 1024
     head_timeout_s: float = 10.0
     body_timeout_s: float = 30.0

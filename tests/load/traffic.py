@@ -158,7 +158,7 @@ class Traffic:
             self._spawn(self._streams(number))
         self._spawn(self._calls())
         async with asyncio.timeout(30):
-            while self.streaming < self.volume.streams:
+            while self.streaming < self.volume.streams:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         return self
 

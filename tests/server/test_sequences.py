@@ -215,13 +215,19 @@ class Connections(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "bench"):
-            for waiter in self.waiting:
-                self.bench.call(waiter.wake)
+            self._wake_all()
             for client in self.clients:
                 if not client.transport.lost:
                     client.lose()
+            self._wake_all()  # the end of one request may have begun the next
             self.bench.spin(20)
             self.bench.close()
+
+    def _wake_all(self) -> None:
+        for _ in range(3):
+            for waiter in self.waiting:
+                self.bench.call(waiter.wake)
+            self.bench.spin(5)
 
 
 TestConnections = Connections.TestCase
