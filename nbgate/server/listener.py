@@ -10,9 +10,11 @@ connection, so no connection owns a timer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import logging
 import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
@@ -28,6 +30,7 @@ logger = logging.getLogger("nbgate.server")
 App = Callable[..., Any]
 
 BACKLOG: Final = 4096
+NO_LINGER: Final = struct.pack("ii", 1, 0)
 # Envoy's scaled timeouts: idle connections go sooner from here on, and soonest from there.
 CROWDED_FROM: Final = 0.85
 CROWDED_TO: Final = 0.95
@@ -169,6 +172,18 @@ class Server:
                 self._addresses[address] = left
             else:
                 self._addresses.pop(address, None)
+
+    def reset(self, protocol: HttpProtocol) -> None:
+        """End a connection whose client reads nothing, by RST.
+
+        NOTE: after a plain close the kernel would keep what was not read, megabytes, until it gives that client up
+        (nginx: reset_timedout_connection).
+        """
+        sock = protocol.transport.get_extra_info("socket")
+        if sock is not None:
+            with contextlib.suppress(OSError):  # a unix socket knows no RST
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        protocol.cut()
 
     def _tick(self) -> None:
         """Move the clock, look at every deadline, feed silent streams."""

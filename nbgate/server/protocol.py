@@ -454,7 +454,7 @@ class HttpProtocol:
         elif now - self._stall_at > self.settings.write_timeout_s:
             self.server.stats.stalled += 1
             self._gone()
-            self.cut()
+            self.server.reset(self)
         self._stall_size = size
 
     def _expired(self, now: float) -> None:

@@ -17,7 +17,8 @@ from station import Station
 
 CONNECTIONS = 60
 # /v1/models must be more than the kernel takes for a client that reads nothing.
-MODELS = [f"a-model-with-a-long-name-that-nobody-will-ever-ask-for-{number:05}" for number in range(20_000)]
+# Long names rather than many: to write the answer should cost little.
+MODELS = [f"a-model-{'with-a-long-name-' * 14}{number:05}" for number in range(9_000)]
 CONFIG = """
 [channels.fake]
 type = "station"
