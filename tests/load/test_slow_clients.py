@@ -139,7 +139,8 @@ def test_slow_clients_are_closed_in_time_and_harm_nobody(station: Station, tmp_p
         second, why = ended(attack, tmp_path)
         assert why == "No open connections left", (attack, why)
         assert second <= attack.within_s, (attack, second)
-        assert most_connected(attack, tmp_path) == CONNECTIONS
+        # NOTE: the CSV has a line a second, and strangers are closed within one: a few may be between two lines.
+        assert most_connected(attack, tmp_path) >= 0.9 * CONNECTIONS
     assert most >= 3 * CONNECTIONS
     assert over_s <= READERS.within_s
     assert max(took) < 1.0
