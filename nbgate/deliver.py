@@ -79,7 +79,7 @@ async def deliver(call: Call, plan: Plan, conn: Connection, pipe: MeteredPipe) -
         body = pipe.feed(conn.buffered) + pipe.finish() if conn.received else b""
         _settle(call, pipe, conn, answer(conn.status, head, body))
         return
-    stream = not isinstance(pipe, JsonPipe | RawPipe)
+    stream = isinstance(pipe, SsePipe)
     length = conn.headers.get(b"content-length")
     message: dict[str, Any] = {
         "type": "nbgate.splice",

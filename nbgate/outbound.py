@@ -22,7 +22,7 @@ class Outbound:
 
     __slots__ = ("_credentials", "_heads", "_host", "_root", "endpoint", "hosts", "plain", "secrets", "stream")
 
-    def __init__(self, target: Target, demo_socket: str, version_root: str = "/v1") -> None:
+    def __init__(self, target: Target, demo_socket: str) -> None:
         channel = target.channel
         url = urlsplit(channel.base_url or "http://demo")
         host = url.hostname or "localhost"
@@ -42,7 +42,7 @@ class Outbound:
         self._host = shown if port == (443 if tls else 80) else f"{shown}:{port}"
         # NOTE: an openai base_url ends in /v1, an anthropic one does not: as the provider's own SDK takes it.
         path = url.path.rstrip("/")
-        self._root = path if path.endswith("/v1") or channel.type == "openai" else path + version_root
+        self._root = path if path.endswith("/v1") or channel.type == "openai" else path + "/v1"
         self._credentials = _credentials(channel, target.key)
         self._heads: dict[tuple[str, bytes, bool], bytes] = {}
         t = channel.timeouts
